@@ -10,50 +10,36 @@ two branches are ever trained. An image is a video of one frame. To train the au
 sound, through `audio_vision_tower`, because ImageBind puts both into one space.
 """
 
-from collections.abc import Callable
+import copy
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers import AutoModel, GenerationMixin, LogitsProcessorList, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.generation import StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.blip_2.modeling_blip_2 import (
     Blip2QFormerLayer,
     Blip2QFormerModel,
     Blip2QFormerMultiHeadAttention,
 )
-from transformers.models.clip.modeling_clip import CLIPAttention, CLIPEncoderLayer, eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import OutputRecorder
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .configuration_video_llama import (
-    VideoLlamaAudioConfig,
-    VideoLlamaAudioVisionConfig,
-    VideoLlamaConfig,
-    VideoLlamaQFormerConfig,
-    VideoLlamaVisionConfig,
+from .configuration_video_llama import VideoLlamaConfig, VideoLlamaQFormerConfig
+from .generation_video_llama import VideoLlamaGenerationMixin
+from .modeling_video_llama_towers import (
+    VideoLlamaAudioModel,
+    VideoLlamaAudioVisionModel,
+    VideoLlamaVisionModel,
 )
 
 MODALITIES = ("image", "video", "audio")
-# What `generate` passes to the first forward only
-MEDIA_INPUTS = (
-    "pixel_values",
-    "pixel_values_videos",
-    "padding_mask_videos",
-    "input_features",
-    "audio_pixel_values_videos",
-    "audio_padding_mask_videos",
-    "mm_encoder_outputs",
-)
 
 
 @dataclass
@@ -98,289 +84,6 @@ class VideoLlamaCausalLMOutputWithPast(ModelOutput):
     image_hidden_states: torch.Tensor | None = None
     video_hidden_states: torch.Tensor | None = None
     audio_hidden_states: torch.Tensor | None = None
-
-
-class VideoLlamaFloat32LayerNorm(nn.LayerNorm):
-    """A layer norm computed in float32 whatever the dtype of its input and weights, as the published `ln_vision` is."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normalized = F.layer_norm(
-            hidden_states.float(), self.normalized_shape, self.weight.float(), self.bias.float(), self.eps
-        )
-        return normalized.to(hidden_states.dtype)
-
-
-class VideoLlamaVisionAttention(CLIPAttention):
-    """Self-attention of EVA-CLIP's ViT, whose keys have no bias."""
-
-    def __init__(self, config: VideoLlamaVisionConfig):
-        super().__init__(config)
-        self.k_proj = nn.Linear(self.embed_dim, self.embed_dim, bias=False)
-
-
-class VideoLlamaVisionEncoderLayer(CLIPEncoderLayer):
-    """One pre-norm block of EVA-CLIP's ViT."""
-
-    def __init__(self, config: VideoLlamaVisionConfig):
-        super().__init__(config)
-        self.self_attn = VideoLlamaVisionAttention(config)
-
-
-class VideoLlamaAudioAttention(CLIPAttention):
-    """Self-attention of ImageBind's audio tower: one learned key and value are appended to every sequence."""
-
-    def __init__(self, config: VideoLlamaAudioConfig):
-        super().__init__(config)
-        self.bias_k = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
-        self.bias_v = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        batch_size, sequence_length, _ = hidden_states.shape
-        bias_k = self.bias_k.expand(batch_size, -1, -1)
-        bias_v = self.bias_v.expand(batch_size, -1, -1)
-        queries = self.q_proj(hidden_states).view(batch_size, sequence_length, -1, self.head_dim)
-        keys = torch.cat([self.k_proj(hidden_states), bias_k], dim=1).view(
-            batch_size, -1, self.num_heads, self.head_dim
-        )
-        values = torch.cat([self.v_proj(hidden_states), bias_v], dim=1).view(
-            batch_size, -1, self.num_heads, self.head_dim
-        )
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        attn_output, attn_weights = attention_interface(
-            self,
-            queries.transpose(1, 2),
-            keys.transpose(1, 2),
-            values.transpose(1, 2),
-            attention_mask,
-            scaling=self.scale,
-            dropout=0.0 if not self.training else self.dropout,
-            **kwargs,
-        )
-        attn_output = attn_output.reshape(batch_size, sequence_length, -1).contiguous()
-        return self.out_proj(attn_output), attn_weights
-
-
-class VideoLlamaAudioEncoderLayer(CLIPEncoderLayer):
-    """One pre-norm block of ImageBind's audio tower."""
-
-    def __init__(self, config: VideoLlamaAudioConfig):
-        super().__init__(config)
-        self.self_attn = VideoLlamaAudioAttention(config)
-
-
-class VideoLlamaEncoder(nn.Module):
-    """A stack of transformer blocks of one class: the trunk of all three towers."""
-
-    def __init__(self, config: PreTrainedConfig, layer_class: type[CLIPEncoderLayer]):
-        super().__init__()
-        self.layers = nn.ModuleList([layer_class(config) for _ in range(config.num_hidden_layers)])
-
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, None, **kwargs)
-        return hidden_states
-
-
-class VideoLlamaPatchEmbeddings(nn.Module):
-    """
-    Patches of frames or spectrograms, with a class token in front and learned absolute positions.
-
-    Args:
-        patch_embedding (`nn.Module`): The convolution that cuts and projects patches.
-        hidden_size (`int`): Width of the result.
-        num_patches (`int`): Patches of one input.
-        layer_norm (`bool`, *optional*, defaults to `False`): Whether patches are normalised before the class token joins.
-    """
-
-    def __init__(self, patch_embedding: nn.Module, hidden_size: int, num_patches: int, layer_norm: bool = False):
-        super().__init__()
-        self.patch_embedding = patch_embedding
-        self.layernorm = nn.LayerNorm(hidden_size, eps=1e-5) if layer_norm else nn.Identity()
-        self.class_embedding = nn.Parameter(torch.zeros(1, 1, hidden_size))
-        self.position_embedding = nn.Parameter(torch.zeros(1, num_patches + 1, hidden_size))
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        patches = self.patch_embedding(inputs.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
-        patches = self.layernorm(patches)
-        class_embedding = self.class_embedding.expand(patches.shape[0], -1, -1)
-        return torch.cat([class_embedding, patches], dim=1) + self.position_embedding
-
-
-class VideoLlamaPreTrainedModel(PreTrainedModel):
-    """Weight initialisation, loading and what the library must know of the model."""
-
-    config: VideoLlamaConfig
-    base_model_prefix = "model"
-    input_modalities = ("image", "video", "audio", "text")
-    supports_gradient_checkpointing = True
-    _no_split_modules = [
-        "CLIPEncoderLayer",
-        "VideoLlamaVisionEncoderLayer",
-        "VideoLlamaAudioEncoderLayer",
-        "VideoLlamaPatchEmbeddings",
-        "VideoLlamaBranch",
-        "Blip2QFormerLayer",
-    ]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    # The published model computes `ln_vision` in float32, and 20 = exp(logit_scale) is not 20 if its logarithm is rounded.
-    _keep_in_fp32_modules_strict = ["vision_tower.post_layernorm", "logit_scale"]
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
-        super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, VideoLlamaPatchEmbeddings):
-            init.normal_(module.class_embedding, mean=0.0, std=std)
-            init.normal_(module.position_embedding, mean=0.0, std=std)
-        elif isinstance(module, VideoLlamaAudioAttention):
-            init.normal_(module.bias_k, mean=0.0, std=std)
-            init.normal_(module.bias_v, mean=0.0, std=std)
-        elif isinstance(module, VideoLlamaAudioModel):
-            init.constant_(module.logit_scale, torch.tensor(module.config.logit_scale_init_value).log().item())
-        elif isinstance(module, (VideoLlamaBranch, VideoLlamaModel)):
-            init.normal_(module.query_tokens, mean=0.0, std=std)
-
-
-class VideoLlamaVisionModel(VideoLlamaPreTrainedModel):
-    """The frame encoder: EVA-CLIP's ViT-g/14 up to its last but one block, then BLIP-2's layer norm."""
-
-    config: VideoLlamaVisionConfig
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    _keep_in_fp32_modules_strict = ["post_layernorm"]
-    _can_record_outputs = {"hidden_states": VideoLlamaVisionEncoderLayer, "attentions": VideoLlamaVisionAttention}
-
-    def __init__(self, config: VideoLlamaVisionConfig):
-        super().__init__(config)
-        patch_embedding = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
-        )
-        self.embeddings = VideoLlamaPatchEmbeddings(patch_embedding, config.hidden_size, config.num_patches)
-        self.encoder = VideoLlamaEncoder(config, VideoLlamaVisionEncoderLayer)
-        self.post_layernorm = VideoLlamaFloat32LayerNorm(config.hidden_size, eps=config.post_layer_norm_eps)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings
-
-    @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
-        r"""
-        Args:
-            pixel_values (`torch.Tensor` of shape `(num_frames, 3, image_size, image_size)`): Normalised frames.
-
-        Returns:
-            `BaseModelOutput`: `last_hidden_state` of shape `(num_frames, 1 + num_patches, hidden_size)`, after the layer
-            norm; `hidden_states[-1]`, with `output_hidden_states=True`, is the state before it.
-        """
-        hidden_states = self.encoder(self.embeddings(pixel_values), **kwargs)
-        return BaseModelOutput(last_hidden_state=self.post_layernorm(hidden_states))
-
-
-class VideoLlamaAudioModel(VideoLlamaPreTrainedModel):
-    """The sound encoder: ImageBind's audio tower, one vector a clip, normalised and scaled."""
-
-    config: VideoLlamaAudioConfig
-    main_input_name = "input_features"
-    input_modalities = ("audio",)
-    _keep_in_fp32_modules_strict = ["logit_scale"]
-    _can_record_outputs = {"hidden_states": VideoLlamaAudioEncoderLayer, "attentions": VideoLlamaAudioAttention}
-
-    def __init__(self, config: VideoLlamaAudioConfig):
-        super().__init__(config)
-        patch_embedding = nn.Conv2d(
-            1, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_stride, bias=False
-        )
-        self.embeddings = VideoLlamaPatchEmbeddings(
-            patch_embedding, config.hidden_size, config.num_patches, layer_norm=True
-        )
-        self.encoder = VideoLlamaEncoder(config, VideoLlamaAudioEncoderLayer)
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value).log())
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings
-
-    @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(
-        self, input_features: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> BaseModelOutputWithPooling:
-        r"""
-        Args:
-            input_features (`torch.Tensor` of shape `(num_clips, num_mel_bins, max_length)`): Normalised log-mel clips.
-
-        Returns:
-            `BaseModelOutputWithPooling`: `last_hidden_state` of shape `(num_clips, 1 + num_patches, hidden_size)`, and
-            `pooler_output` of shape `(num_clips, projection_dim)`, of length `exp(logit_scale)`, which is 20.
-        """
-        hidden_states = self.encoder(self.embeddings(input_features.unsqueeze(1)), **kwargs)
-        pooled = self.projection(self.post_layernorm(hidden_states[:, 0]))
-        # In float32: at length 20 a rounded scale or norm would shift every component.
-        pooled = F.normalize(pooled.float(), dim=-1) * self.logit_scale.float().exp().clamp(max=100.0)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=hidden_states, pooler_output=pooled.to(hidden_states.dtype)
-        )
-
-
-class VideoLlamaAudioVisionModel(VideoLlamaPreTrainedModel):
-    """ImageBind's vision tower, through which the audio branch is shown frames while it trains: one vector a frame."""
-
-    config: VideoLlamaAudioVisionConfig
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    _keep_in_fp32_modules_strict = []
-    _can_record_outputs = {"hidden_states": CLIPEncoderLayer, "attentions": CLIPAttention}
-
-    def __init__(self, config: VideoLlamaAudioVisionConfig):
-        super().__init__(config)
-        patch = (config.temporal_patch_size, config.patch_size, config.patch_size)
-        patch_embedding = nn.Conv3d(
-            config.num_channels, config.hidden_size, kernel_size=patch, stride=patch, bias=False
-        )
-        self.embeddings = VideoLlamaPatchEmbeddings(patch_embedding, config.hidden_size, config.num_patches)
-        self.pre_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.encoder = VideoLlamaEncoder(config, CLIPEncoderLayer)
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embeddings
-
-    @merge_with_config_defaults
-    @capture_outputs(tie_last_hidden_states=False)
-    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutputWithPooling:
-        r"""
-        Args:
-            pixel_values (`torch.Tensor` of shape `(num_frames, 3, image_size, image_size)`): Normalised frames.
-
-        Returns:
-            `BaseModelOutputWithPooling`: `last_hidden_state` of shape `(num_frames, 1 + num_patches, hidden_size)`, and
-            `pooler_output` of shape `(num_frames, projection_dim)`, of length 1: unlike sound it is not scaled.
-        """
-        # A frame is a still video as long as one patch.
-        still_videos = pixel_values.unsqueeze(2).expand(-1, -1, self.config.temporal_patch_size, -1, -1)
-        hidden_states = self.encoder(self.pre_layernorm(self.embeddings(still_videos)), **kwargs)
-        pooled = F.normalize(self.projection(self.post_layernorm(hidden_states[:, 0])).float(), dim=-1)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=hidden_states, pooler_output=pooled.to(hidden_states.dtype)
-        )
 
 
 class VideoLlamaQFormerModel(Blip2QFormerModel):
@@ -485,6 +188,40 @@ class VideoLlamaBranch(nn.Module):
             return_dict=True,
         ).last_hidden_state
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=self.projector(hidden_states))
+
+
+class VideoLlamaPreTrainedModel(PreTrainedModel):
+    """What the library must know of the model with and without its head."""
+
+    config: VideoLlamaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "video", "audio", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["VideoLlamaBranch", "Blip2QFormerLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @classmethod
+    def from_pretrained(
+        cls, *args, quantization_config: QuantizationConfigMixin | dict | None = None, **kwargs
+    ) -> "VideoLlamaPreTrainedModel":
+        """
+        See [`PreTrainedModel.from_pretrained`]. A `quantization_config` that names no modules to skip quantises the decoder
+        alone: the encoders, the branches and the head are kept as they are.
+        """
+        if quantization_config is not None:
+            quantization_config = _skip_media_parts(quantization_config)
+        return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if isinstance(module, (VideoLlamaBranch, VideoLlamaModel)):
+            init.normal_(module.query_tokens, mean=0.0, std=self.config.initializer_range)
 
 
 class VideoLlamaModel(VideoLlamaPreTrainedModel):
@@ -830,7 +567,7 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
         return self
 
 
-class VideoLlamaForConditionalGeneration(VideoLlamaPreTrainedModel, GenerationMixin):
+class VideoLlamaForConditionalGeneration(VideoLlamaPreTrainedModel, VideoLlamaGenerationMixin):
     """Video-LLaMA: answers questions about what is seen and heard."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -933,146 +670,21 @@ class VideoLlamaForConditionalGeneration(VideoLlamaPreTrainedModel, GenerationMi
             audio_hidden_states=outputs.audio_hidden_states,
         )
 
-    # What follows fits `generate` to media. They are encoded once, before the prefill, and only what the cache does not
-    # hold yet; the soft tokens, not the media, are repeated for beams and several answers.
 
-    def _prepare_model_inputs(
-        self, inputs: torch.Tensor | None, bos_token_id: torch.Tensor | None, model_kwargs: dict[str, Any]
-    ) -> tuple[torch.Tensor, str | None, dict[str, Any]]:
-        inputs, input_name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
-        if input_name != "input_ids":
-            return inputs, input_name, model_kwargs
-        past_key_values = model_kwargs.get("past_key_values")
-        past_length = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-        encoded = dict(model_kwargs.get("mm_encoder_outputs") or {})
-        getters = {
-            "image": (self.get_image_features, {"pixel_values": "pixel_values"}),
-            "video": (
-                self.get_video_features,
-                {"pixel_values_videos": "pixel_values_videos", "padding_mask_videos": "padding_mask_videos"},
-            ),
-            "audio": (
-                self.get_audio_features,
-                {
-                    "input_features": "input_features",
-                    "audio_pixel_values_videos": "pixel_values_videos",
-                    "audio_padding_mask_videos": "padding_mask_videos",
-                },
-            ),
-        }
-        for modality, (getter, names) in getters.items():
-            media = {
-                argument: model_kwargs.pop(name)
-                for name, argument in names.items()
-                if model_kwargs.get(name) is not None
-            }
-            if not media:
-                continue
-            if past_length:
-                uncached = self._find_uncached_media(inputs, past_length, modality)
-                media = {argument: medium[uncached.to(medium.device)] for argument, medium in media.items()}
-            if len(next(iter(media.values()))):
-                encoded[modality] = getter(**media, return_dict=True)
-        model_kwargs["mm_encoder_outputs"] = encoded
-        return inputs, input_name, model_kwargs
-
-    def _find_uncached_media(self, input_ids: torch.LongTensor, past_length: int, modality: str) -> torch.BoolTensor:
-        """Which media of a batch of prompts, in reading order, lie past the part that the cache holds already."""
-        is_placeholder = input_ids == getattr(self.config, f"{modality}_token_id")
-        is_past = torch.arange(input_ids.shape[1], device=input_ids.device) < past_length
-        first_tokens = is_past.expand_as(is_placeholder)[is_placeholder][:: self._num_soft_tokens(modality)]
-        return ~first_tokens
-
-    def _num_soft_tokens(self, modality: str) -> int:
-        """Soft tokens of one medium."""
-        return self.config.num_audio_query_tokens if modality == "audio" else self.config.num_video_query_tokens
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.LongTensor | None = None,
-        **model_kwargs,
-    ) -> tuple[torch.LongTensor, dict[str, Any]]:
-        encoded = model_kwargs.pop("mm_encoder_outputs", None)
-        if encoded and expand_size > 1:
-            for modality, outputs in encoded.items():
-                is_placeholder = input_ids == getattr(self.config, f"{modality}_token_id")
-                media_per_prompt = is_placeholder.sum(dim=1) // self._num_soft_tokens(modality)
-                prompts = outputs.pooler_output.split(media_per_prompt.tolist())
-                repeated = torch.cat([media for media in prompts for _ in range(expand_size)])
-                encoded[modality] = BaseModelOutputWithPooling(pooler_output=repeated)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        model_kwargs["mm_encoder_outputs"] = encoded
-        return input_ids, model_kwargs
-
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, is_first_iteration: bool | None = False, **kwargs
-    ) -> dict[str, Any]:
-        model_inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
-        )
-        if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in MEDIA_INPUTS:
-                model_inputs.pop(name, None)
-        return model_inputs
-
-    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
-        processors = super()._get_logits_processor(*args, **kwargs)
-        return _InVocabularyLogitsProcessorList(processors, self.config.text_config.vocab_size)
-
-    def _get_stopping_criteria(
-        self, generation_config, stopping_criteria: StoppingCriteriaList | None = None, tokenizer=None, **kwargs
-    ) -> StoppingCriteriaList:
-        # The published checkpoints stop at strings. The library finds strings with a tokenizer, which callers seldom pass;
-        # without one, the family's strings are found by their token ids, as the published chat does.
-        stop_strings = generation_config.stop_strings
-        known = getattr(generation_config, "stop_string_token_ids", None) or {}
-        if tokenizer is not None or not stop_strings or not set(_as_list(stop_strings)) <= set(known):
-            return super()._get_stopping_criteria(generation_config, stopping_criteria, tokenizer=tokenizer, **kwargs)
-        generation_config.stop_strings = None
-        criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, **kwargs)
-        generation_config.stop_strings = stop_strings
-        sequences = [sequence for string in _as_list(stop_strings) for sequence in known[string]]
-        criteria.append(VideoLlamaStopTokensCriteria(sequences))
-        return criteria
-
-
-class VideoLlamaStopTokensCriteria(StoppingCriteria):
-    """
-    Stops a sequence that ends in one of the given token sequences.
-
-    Args:
-        sequences (`list[list[int]]`): Token ids, such as `[[835], [2277, 29937]]` for `###` in LLaMA's vocabulary.
-    """
-
-    def __init__(self, sequences: list[list[int]]):
-        self.sequences = [torch.tensor(sequence) for sequence in sequences]
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
-        is_done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        for sequence in self.sequences:
-            if input_ids.shape[1] >= len(sequence):
-                is_done |= (input_ids[:, -len(sequence) :] == sequence.to(input_ids.device)).all(dim=1)
-        return is_done
-
-
-class _InVocabularyLogitsProcessorList(LogitsProcessorList):
-    """
-    Shows logits processors, some of which index the scores by the prompt's tokens, a prompt without tokens past the
-    vocabulary. Those are placeholders; the prompt's own first token takes their place, so the set of seen tokens is kept.
-    """
-
-    def __init__(self, processors: LogitsProcessorList, vocab_size: int):
-        super().__init__(processors)
-        self.vocab_size = vocab_size
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
-        if len(self):
-            input_ids = torch.where(input_ids < self.vocab_size, input_ids, input_ids[:, :1])
-        return super().__call__(input_ids, scores, **kwargs)
+def _skip_media_parts(config: QuantizationConfigMixin | dict) -> QuantizationConfigMixin | dict:
+    """A copy of a quantisation configuration that leaves everything but the decoder alone, unless it says what to skip."""
+    parts = ["vision_tower", "qformer", "video_branch", "audio_tower", "audio_branch", "audio_vision_tower"]
+    skipped = ["lm_head", *parts, *(f"model.{part}" for part in parts)]
+    config = copy.deepcopy(config)
+    values = config if isinstance(config, dict) else vars(config)
+    # Every method has its own name for the same list
+    names = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
+    if isinstance(config, dict) and str(config.get("quant_method", "bitsandbytes")).startswith("bitsandbytes"):
+        values.setdefault("llm_int8_skip_modules", None)
+    for name in names:
+        if name in values and values[name] in (None, ["lm_head"]):
+            values[name] = skipped
+    return config
 
 
 def _concatenate_chunks(chunks: list[tuple]) -> tuple[torch.Tensor, tuple | None, tuple | None]:
@@ -1085,16 +697,9 @@ def _concatenate_chunks(chunks: list[tuple]) -> tuple[torch.Tensor, tuple | None
     return torch.cat(states), join_layers(hidden_states), join_layers(attentions)
 
 
-def _as_list(strings: str | list[str]) -> list[str]:
-    return [strings] if isinstance(strings, str) else list(strings)
-
-
 __all__ = [
-    "VideoLlamaAudioModel",
-    "VideoLlamaAudioVisionModel",
     "VideoLlamaForConditionalGeneration",
     "VideoLlamaModel",
     "VideoLlamaPreTrainedModel",
     "VideoLlamaQFormerModel",
-    "VideoLlamaVisionModel",
 ]
