@@ -25,6 +25,7 @@ from transformers.models.blip_2.modeling_blip_2 import (
     Blip2QFormerMultiHeadAttention,
 )
 from transformers.processing_utils import Unpack
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
@@ -671,19 +672,15 @@ class VideoLlamaForConditionalGeneration(VideoLlamaPreTrainedModel, VideoLlamaGe
         )
 
 
-def _skip_media_parts(config: QuantizationConfigMixin | dict) -> QuantizationConfigMixin | dict:
+def _skip_media_parts(config: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:
     """A copy of a quantisation configuration that leaves everything but the decoder alone, unless it says what to skip."""
     parts = ["vision_tower", "qformer", "video_branch", "audio_tower", "audio_branch", "audio_vision_tower"]
     skipped = ["lm_head", *parts, *(f"model.{part}" for part in parts)]
-    config = copy.deepcopy(config)
-    values = config if isinstance(config, dict) else vars(config)
+    config = AutoQuantizationConfig.from_dict(config) if isinstance(config, dict) else copy.deepcopy(config)
     # Every method has its own name for the same list
-    names = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
-    if isinstance(config, dict) and str(config.get("quant_method", "bitsandbytes")).startswith("bitsandbytes"):
-        values.setdefault("llm_int8_skip_modules", None)
-    for name in names:
-        if name in values and values[name] in (None, ["lm_head"]):
-            values[name] = skipped
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"):
+        if getattr(config, name, ()) in (None, ["lm_head"]):
+            setattr(config, name, skipped)
     return config
 
 
