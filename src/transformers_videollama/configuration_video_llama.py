@@ -256,7 +256,7 @@ class VideoLlamaConfig(PreTrainedConfig):
     tie_word_embeddings: bool | None = None
     initializer_range: float = 0.02
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         self.vision_config = self._build(VideoLlamaVisionConfig, self.vision_config)
         self.qformer_config = self._build(
             VideoLlamaQFormerConfig, self.qformer_config, encoder_hidden_size=self.vision_config.hidden_size
@@ -291,13 +291,13 @@ class VideoLlamaConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @staticmethod
-    def _build(config_class: type, value: dict | PreTrainedConfig | None, **defaults) -> PreTrainedConfig:
+    def _build(config_class: type, value: dict | PreTrainedConfig | None, **defaults: Any) -> PreTrainedConfig:
         """The sub-configuration that `value` describes; `defaults` stand in for what a dictionary leaves out."""
         if isinstance(value, PreTrainedConfig):
             return value
         return config_class(**{**defaults, **(value or {})})
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Refuses sizes that do not fit together. Part of `PreTrainedConfig.validate`, run after construction."""
         vision, qformer, video = self.vision_config, self.qformer_config, self.video_qformer_config
         _require_equal("qformer_config.encoder_hidden_size", qformer.encoder_hidden_size,
@@ -332,7 +332,7 @@ class VideoLlamaConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be at least 1, but is {getattr(self, name)}.")
 
     @classmethod
-    def from_variant(cls, name: str, **kwargs) -> "VideoLlamaConfig":
+    def from_variant(cls, name: str, **kwargs: Any) -> "VideoLlamaConfig":
         """
         The configuration of a published checkpoint.
 

@@ -82,7 +82,7 @@ class VideoLlamaGenerationMixin(GenerationMixin):
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
         input_ids: torch.LongTensor | None = None,
-        **model_kwargs,
+        **model_kwargs: Any,
     ) -> tuple[torch.LongTensor, dict[str, Any]]:
         encoded = model_kwargs.pop("mm_encoder_outputs", None)
         if encoded and expand_size > 1:
@@ -99,7 +99,7 @@ class VideoLlamaGenerationMixin(GenerationMixin):
         return input_ids, model_kwargs
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, is_first_iteration: bool | None = False, **kwargs
+        self, input_ids: torch.LongTensor, is_first_iteration: bool | None = False, **kwargs: Any
     ) -> dict[str, Any]:
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, is_first_iteration=is_first_iteration, **kwargs
@@ -109,7 +109,7 @@ class VideoLlamaGenerationMixin(GenerationMixin):
                 model_inputs.pop(name, None)
         return model_inputs
 
-    def _get_logits_processor(self, *args, **kwargs) -> LogitsProcessorList:
+    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         processors = super()._get_logits_processor(*args, **kwargs)
         return _InVocabularyLogitsProcessorList(processors, self.config.text_config.vocab_size)
 
@@ -118,7 +118,7 @@ class VideoLlamaGenerationMixin(GenerationMixin):
         generation_config: GenerationConfig,
         stopping_criteria: StoppingCriteriaList | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> StoppingCriteriaList:
         # The published checkpoints stop at strings. The library finds strings with a tokenizer, which callers seldom pass;
         # without one, the family's strings are found by their token ids, as the published chat does.
@@ -145,7 +145,7 @@ class VideoLlamaStopTokensCriteria(StoppingCriteria):
     def __init__(self, sequences: list[list[int]]):
         self.sequences = [torch.tensor(sequence) for sequence in sequences]
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs: Any) -> torch.BoolTensor:
         is_done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         for sequence in self.sequences:
             if input_ids.shape[1] >= len(sequence):
@@ -163,7 +163,7 @@ class _InVocabularyLogitsProcessorList(LogitsProcessorList):
         super().__init__(processors)
         self.vocab_size = vocab_size
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if len(self):
             input_ids = torch.where(input_ids < self.vocab_size, input_ids, input_ids[:, :1])
         return super().__call__(input_ids, scores, **kwargs)

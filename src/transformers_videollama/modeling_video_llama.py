@@ -12,6 +12,7 @@ sound, through `audio_vision_tower`, because ImageBind puts both into one space.
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -99,7 +100,7 @@ class VideoLlamaQFormerModel(Blip2QFormerModel):
         "cross_attentions": OutputRecorder(Blip2QFormerMultiHeadAttention, index=1, layer_name=".crossattention"),
     }
 
-    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args, **kwargs) -> str:
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
         # The library's flash-attention call takes one padding mask for queries and keys alike, so it cannot hide padded
         # frames from the queries. PyTorch's own attention can, and runs its flash kernel where nothing is padded.
         if attn_implementation is not None and "flash" in attn_implementation:
@@ -208,7 +209,7 @@ class VideoLlamaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, *args, quantization_config: QuantizationConfigMixin | dict | None = None, **kwargs
+        cls, *args: Any, quantization_config: QuantizationConfigMixin | dict | None = None, **kwargs: Any
     ) -> "VideoLlamaPreTrainedModel":
         """
         See [`PreTrainedModel.from_pretrained`]. A `quantization_config` that names no modules to skip quantises the decoder
@@ -219,7 +220,7 @@ class VideoLlamaPreTrainedModel(PreTrainedModel):
         return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, (VideoLlamaBranch, VideoLlamaModel)):
             init.normal_(module.query_tokens, mean=0.0, std=self.config.initializer_range)
@@ -241,7 +242,9 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
             text_width,
             interpolate_positions=config.interpolate_frame_positions,
         )
-        self.audio_tower = self.audio_branch = self.audio_vision_tower = None
+        self.audio_tower: VideoLlamaAudioModel | None = None
+        self.audio_branch: VideoLlamaBranch | None = None
+        self.audio_vision_tower: VideoLlamaAudioVisionModel | None = None
         if config.audio_config is not None:
             self.audio_tower = VideoLlamaAudioModel._from_config(config.audio_config)
             self.audio_branch = VideoLlamaBranch(
@@ -258,8 +261,37 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module):
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
+
+    def load_audio_vision_tower(self, path: str | None = None, **kwargs: Any) -> None:
+        """
+        Loads ImageBind's vision tower, which lets the audio branch be trained on frames. A converted checkpoint keeps it in
+        a folder of its own, `audio_vision_tower`, so that inference neither downloads nor loads it. Saving the model
+        afterwards saves the tower with it.
+
+        Args:
+            path (`str`, *optional*): Folder or Hub id of the checkpoint; where the model was loaded from by default.
+            kwargs: Passed to `from_pretrained`, such as `revision` or `token`.
+
+        Raises:
+            OSError: if the checkpoint has no such folder.
+            ValueError: if the model has no audio branch, or one of another size.
+        """
+        tower = VideoLlamaAudioVisionModel.from_pretrained(
+            path or self.config._name_or_path,
+            subfolder="audio_vision_tower",
+            dtype=self.dtype,
+            attn_implementation=self.config._attn_implementation,
+            **kwargs,
+        )
+        config = copy.deepcopy(self.config)
+        config.audio_vision_config = tower.config
+        if config.audio_config is None:
+            raise ValueError("This model has no audio branch (`config.audio_config` is None) to train.")
+        config.validate_architecture()
+        self.config.audio_vision_config = tower.config
+        self.audio_vision_tower = tower.to(self.audio_tower.device).eval()
 
     def get_frame_features(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BaseModelOutput:
         r"""
@@ -368,8 +400,8 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
             tower, inputs, what = self.audio_tower, input_features, "clips"
         elif self.audio_vision_tower is None:
             raise ValueError(
-                "To show frames to the audio branch the model needs ImageBind's vision tower, which is not built: "
-                "load it with `audio_vision_config` set (it is left out by default because inference does not use it)."
+                "To show frames to the audio branch the model needs ImageBind's vision tower, which is not built, because "
+                "only training uses it. Load it with `model.load_audio_vision_tower()`."
             )
         else:
             tower, inputs, what = self.audio_vision_tower, pixel_values_videos, "frames"
@@ -604,6 +636,10 @@ class VideoLlamaForConditionalGeneration(VideoLlamaPreTrainedModel, VideoLlamaGe
     ) -> tuple | BaseModelOutputWithPooling:
         """See [`VideoLlamaModel.get_audio_features`]."""
         return self.model.get_audio_features(input_features, pixel_values_videos, padding_mask_videos, **kwargs)
+
+    def load_audio_vision_tower(self, path: str | None = None, **kwargs: Any) -> None:
+        """See [`VideoLlamaModel.load_audio_vision_tower`]."""
+        self.model.load_audio_vision_tower(path, **kwargs)
 
     @merge_with_config_defaults
     @can_return_tuple

@@ -158,7 +158,7 @@ class VideoLlamaTower(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["post_layernorm", "logit_scale"]
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, VideoLlamaPatchEmbeddings):
