@@ -74,12 +74,34 @@ class VideoLlamaVisionConfig(PreTrainedConfig):
 @strict
 class VideoLlamaQFormerConfig(Blip2QFormerConfig):
     r"""
-    Configuration of one of the three Q-Formers. The defaults are the published image Q-Former's. See
-    [`Blip2QFormerConfig`] for the arguments, of which those of the text input are unused here.
+    Configuration of the image Q-Former, with the published defaults. See [`Blip2QFormerConfig`] for the arguments, of which
+    those of the text input are unused here.
     """
 
     model_type = "video_llama_qformer"
     base_config_key = "qformer_config"
+
+
+@strict
+class VideoLlamaVideoQFormerConfig(VideoLlamaQFormerConfig):
+    r"""Configuration of the video Q-Former, with the published defaults: two layers, both with cross-attention."""
+
+    model_type = "video_llama_video_qformer"
+    base_config_key = "video_qformer_config"
+
+    num_hidden_layers: int = 2
+    cross_attention_frequency: int = 1
+    encoder_hidden_size: int = 768
+
+
+@strict
+class VideoLlamaAudioQFormerConfig(VideoLlamaVideoQFormerConfig):
+    r"""Configuration of the audio Q-Former, with the published defaults: as the video one, over ImageBind's vectors."""
+
+    model_type = "video_llama_audio_qformer"
+    base_config_key = "audio_qformer_config"
+
+    encoder_hidden_size: int = 1024
 
 
 @strict
@@ -188,10 +210,10 @@ class VideoLlamaConfig(PreTrainedConfig):
     Args:
         vision_config (`VideoLlamaVisionConfig` or `dict`, *optional*): The frame encoder.
         qformer_config (`VideoLlamaQFormerConfig` or `dict`, *optional*): The image Q-Former, run on every frame.
-        video_qformer_config (`VideoLlamaQFormerConfig` or `dict`, *optional*): The video Q-Former, run over all frames.
+        video_qformer_config (`VideoLlamaVideoQFormerConfig` or `dict`, *optional*): The video Q-Former, run over all frames.
         audio_config (`VideoLlamaAudioConfig` or `dict`, *optional*):
             The sound encoder. `None` gives a model without an audio branch.
-        audio_qformer_config (`VideoLlamaQFormerConfig` or `dict`, *optional*): The audio Q-Former.
+        audio_qformer_config (`VideoLlamaAudioQFormerConfig` or `dict`, *optional*): The audio Q-Former.
         audio_vision_config (`VideoLlamaAudioVisionConfig` or `dict`, *optional*, defaults to `None`):
             ImageBind's vision tower, needed only to train the audio branch on frames. `None` leaves it out.
         text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to LLaMA-2-7B-Chat): The decoder.
@@ -229,9 +251,9 @@ class VideoLlamaConfig(PreTrainedConfig):
     sub_configs = {
         "vision_config": VideoLlamaVisionConfig,
         "qformer_config": VideoLlamaQFormerConfig,
-        "video_qformer_config": VideoLlamaQFormerConfig,
+        "video_qformer_config": VideoLlamaVideoQFormerConfig,
         "audio_config": VideoLlamaAudioConfig,
-        "audio_qformer_config": VideoLlamaQFormerConfig,
+        "audio_qformer_config": VideoLlamaAudioQFormerConfig,
         "audio_vision_config": VideoLlamaAudioVisionConfig,
         "text_config": AutoConfig,
     }
@@ -261,12 +283,10 @@ class VideoLlamaConfig(PreTrainedConfig):
         self.qformer_config = self._build(
             VideoLlamaQFormerConfig, self.qformer_config, encoder_hidden_size=self.vision_config.hidden_size
         )
-        branch = {"num_hidden_layers": 2, "cross_attention_frequency": 1}
         self.video_qformer_config = self._build(
-            VideoLlamaQFormerConfig,
+            VideoLlamaVideoQFormerConfig,
             self.video_qformer_config,
             encoder_hidden_size=self.qformer_config.hidden_size,
-            **branch,
         )
         if self.audio_config is None:
             self.audio_qformer_config = None
@@ -274,10 +294,9 @@ class VideoLlamaConfig(PreTrainedConfig):
         else:
             self.audio_config = self._build(VideoLlamaAudioConfig, self.audio_config)
             self.audio_qformer_config = self._build(
-                VideoLlamaQFormerConfig,
+                VideoLlamaAudioQFormerConfig,
                 self.audio_qformer_config,
                 encoder_hidden_size=self.audio_config.projection_dim,
-                **branch,
             )
             if self.audio_vision_config is not None:
                 self.audio_vision_config = self._build(VideoLlamaAudioVisionConfig, self.audio_vision_config)
@@ -368,8 +387,10 @@ def _require_multiple(name: str, value: int, divisor_name: str, divisor: int) ->
 __all__ = [
     "PUBLISHED_DECODERS",
     "VideoLlamaAudioConfig",
+    "VideoLlamaAudioQFormerConfig",
     "VideoLlamaAudioVisionConfig",
     "VideoLlamaConfig",
     "VideoLlamaQFormerConfig",
+    "VideoLlamaVideoQFormerConfig",
     "VideoLlamaVisionConfig",
 ]

@@ -397,7 +397,8 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
         if (input_features is None) == (pixel_values_videos is None):
             raise ValueError("Give the audio branch either `input_features` or `pixel_values_videos`.")
         if input_features is not None:
-            tower, inputs, what = self.audio_tower, input_features, "clips"
+            tower: Any = self.audio_tower
+            inputs, what = input_features, "clips"
         elif self.audio_vision_tower is None:
             raise ValueError(
                 "To show frames to the audio branch the model needs ImageBind's vision tower, which is not built, because "

@@ -154,8 +154,8 @@ class VideoLlamaTower(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # The published `ln_vision` is float32; and 20 = exp(logit_scale) is not 20 if its logarithm is rounded
-    _keep_in_fp32_modules_strict = ["post_layernorm", "logit_scale"]
+    # The published `ln_vision` is float32
+    _keep_in_fp32_modules_strict = ["post_layernorm"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -213,6 +213,8 @@ class VideoLlamaAudioModel(VideoLlamaTower):
     config: VideoLlamaAudioConfig
     main_input_name = "input_features"
     input_modalities = ("audio",)
+    # 20 = exp(logit_scale) is not 20 if its logarithm is rounded
+    _keep_in_fp32_modules_strict = ["post_layernorm", "logit_scale"]
     _can_record_outputs = {"hidden_states": VideoLlamaAudioEncoderLayer, "attentions": VideoLlamaAudioAttention}
 
     def __init__(self, config: VideoLlamaAudioConfig):
