@@ -7,20 +7,46 @@ are repeated for beams and several answers.
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedTokenizerBase
-from transformers.generation import StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    __version__,
+)
+from transformers.cache_utils import Cache
+from transformers.generation import CandidateGenerator, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import utils as generation_utils
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-# What `generate` passes to the first forward only
-MEDIA_INPUTS = (
-    "pixel_values",
-    "pixel_values_videos",
-    "padding_mask_videos",
-    "input_features",
-    "audio_pixel_values_videos",
-    "audio_padding_mask_videos",
-    "mm_encoder_outputs",
-)
+# Per modality, what `forward` calls its inputs, and what the modality's feature getter calls them
+MEDIA_INPUTS = {
+    "image": {"pixel_values": "pixel_values"},
+    "video": {"pixel_values_videos": "pixel_values_videos", "padding_mask_videos": "padding_mask_videos"},
+    "audio": {
+        "input_features": "input_features",
+        "audio_pixel_values_videos": "pixel_values_videos",
+        "audio_padding_mask_videos": "padding_mask_videos",
+    },
+}
+MODALITIES = tuple(MEDIA_INPUTS)
+# What only the first forward of `generate` is given
+PREFILL_INPUTS = ("mm_encoder_outputs", *(name for names in MEDIA_INPUTS.values() for name in names))
+
+
+def check_soft_token_count(modality: str, num_placeholders: int, num_soft_tokens: int) -> None:
+    """Refuses a prompt whose placeholders are not as many as the soft tokens of its media; names both counts."""
+    if num_placeholders != num_soft_tokens:
+        hint = (
+            f"no {modality} was passed"
+            if num_soft_tokens == 0
+            else "put one placeholder for every soft token, as the processor does"
+        )
+        raise ValueError(
+            f"The prompt has {num_placeholders} {modality} placeholder tokens, but the {modality} input gives "
+            f"{num_soft_tokens} soft tokens: {hint}."
+        )
 
 
 class VideoLlamaGenerationMixin(GenerationMixin):
@@ -32,46 +58,46 @@ class VideoLlamaGenerationMixin(GenerationMixin):
         inputs, input_name, model_kwargs = super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
         if input_name != "input_ids":
             return inputs, input_name, model_kwargs
-        past_key_values = model_kwargs.get("past_key_values")
-        past_length = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         encoded = dict(model_kwargs.get("mm_encoder_outputs") or {})
-        getters = {
-            "image": (self.get_image_features, {"pixel_values": "pixel_values"}),
-            "video": (
-                self.get_video_features,
-                {"pixel_values_videos": "pixel_values_videos", "padding_mask_videos": "padding_mask_videos"},
-            ),
-            "audio": (
-                self.get_audio_features,
-                {
-                    "input_features": "input_features",
-                    "audio_pixel_values_videos": "pixel_values_videos",
-                    "audio_padding_mask_videos": "padding_mask_videos",
-                },
-            ),
-        }
-        for modality, (getter, names) in getters.items():
-            media = {
-                argument: model_kwargs.pop(name)
-                for name, argument in names.items()
-                if model_kwargs.get(name) is not None
-            }
+        for modality, names in MEDIA_INPUTS.items():
+            media = {argument: model_kwargs.pop(name, None) for name, argument in names.items()}
+            media = {argument: medium for argument, medium in media.items() if medium is not None}
             if not media:
                 continue
-            if past_length:
-                uncached = self._find_uncached_media(inputs, past_length, modality)
-                media = {argument: medium[uncached.to(medium.device)] for argument, medium in media.items()}
-            if len(next(iter(media.values()))):
-                encoded[modality] = getter(**media, return_dict=True)
+            if encoded.get(modality) is not None:
+                raise ValueError(f"Give the {modality} input either itself or in `mm_encoder_outputs`, not both.")
+            num_media = len(next(iter(media.values())))
+            is_uncached = self._find_uncached_placeholders(inputs, modality, model_kwargs)
+            num_uncached = int(is_uncached.sum()) // self._num_soft_tokens(modality)
+            if num_media > num_uncached:
+                # The media of the whole conversation were passed again: those of earlier turns are in the cache.
+                is_placeholder = inputs == self._placeholder_id(modality)
+                is_new = is_uncached[is_placeholder][:: self._num_soft_tokens(modality)]
+                if len(is_new) == num_media:
+                    media = {argument: medium[is_new.to(medium.device)] for argument, medium in media.items()}
+                    num_media = num_uncached
+            check_soft_token_count(modality, int(is_uncached.sum()), num_media * self._num_soft_tokens(modality))
+            if num_media:
+                encoded[modality] = getattr(self, f"get_{modality}_features")(**media, return_dict=True)
         model_kwargs["mm_encoder_outputs"] = encoded
         return inputs, input_name, model_kwargs
 
-    def _find_uncached_media(self, input_ids: torch.LongTensor, past_length: int, modality: str) -> torch.BoolTensor:
-        """Which media of a batch of prompts, in reading order, lie past the part that the cache holds already."""
-        is_placeholder = input_ids == getattr(self.config, f"{modality}_token_id")
-        is_past = torch.arange(input_ids.shape[1], device=input_ids.device) < past_length
-        first_tokens = is_past.expand_as(is_placeholder)[is_placeholder][:: self._num_soft_tokens(modality)]
-        return ~first_tokens
+    def _find_uncached_placeholders(
+        self, input_ids: torch.LongTensor, modality: str, model_kwargs: dict[str, Any]
+    ) -> torch.BoolTensor:
+        """
+        Placeholders of a modality that lie past what the cache holds: a mask of the shape of `input_ids`, which may be the
+        whole conversation, or its new part alone with an attention mask for all of it.
+        """
+        past_key_values, attention_mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        past_length = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        length = input_ids.shape[1]
+        offset = attention_mask.shape[1] - length if attention_mask is not None else 0
+        positions = torch.arange(offset, offset + length, device=input_ids.device)
+        return (input_ids == self._placeholder_id(modality)) & (positions >= past_length)
+
+    def _placeholder_id(self, modality: str) -> int:
+        return getattr(self.config, f"{modality}_token_id")
 
     def _num_soft_tokens(self, modality: str) -> int:
         """Soft tokens of one medium."""
@@ -87,8 +113,8 @@ class VideoLlamaGenerationMixin(GenerationMixin):
         encoded = model_kwargs.pop("mm_encoder_outputs", None)
         if encoded and expand_size > 1:
             for modality, outputs in encoded.items():
-                is_placeholder = input_ids == getattr(self.config, f"{modality}_token_id")
-                media_per_prompt = is_placeholder.sum(dim=1) // self._num_soft_tokens(modality)
+                placeholders = self._find_uncached_placeholders(input_ids, modality, model_kwargs).sum(dim=1)
+                media_per_prompt = placeholders // self._num_soft_tokens(modality)
                 prompts = outputs.pooler_output.split(media_per_prompt.tolist())
                 repeated = torch.cat([media for media in prompts for _ in range(expand_size)])
                 encoded[modality] = BaseModelOutputWithPooling(pooler_output=repeated)
@@ -99,19 +125,77 @@ class VideoLlamaGenerationMixin(GenerationMixin):
         return input_ids, model_kwargs
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, is_first_iteration: bool | None = False, **kwargs: Any
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
+        # An assistant model's prefill is not announced as a first iteration: its cache, never a static one, is empty.
+        is_assistant_prefill = (
+            past_key_values is not None and not past_key_values.is_compileable and not past_key_values.get_seq_length()
+        )
+        is_first_iteration = is_first_iteration or is_assistant_prefill
         model_inputs = super().prepare_inputs_for_generation(
-            input_ids, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
-            for name in MEDIA_INPUTS:
+            for name in PREFILL_INPUTS:
                 model_inputs.pop(name, None)
         return model_inputs
 
+    def _prefill(
+        self,
+        input_ids: torch.LongTensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if (
+            generation_config.prefill_chunk_size is not None
+            and model_kwargs.get("mm_encoder_outputs")
+            and not hasattr(generation_utils, "_slice_mm_encoder_output")
+        ):
+            raise ValueError(
+                f"transformers {__version__} cannot cut a prompt with media into chunks: leave `prefill_chunk_size` out, "
+                "or use a newer release."
+            )
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def _get_candidate_generator(
+        self,
+        generation_config: GenerationConfig,
+        input_ids: torch.LongTensor,
+        *args: Any,
+        assistant_model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> CandidateGenerator:
+        if assistant_model is not None and assistant_model.config.model_type != self.config.model_type:
+            placeholders = sum(int((input_ids == self._placeholder_id(modality)).sum()) for modality in MODALITIES)
+            if placeholders:
+                raise ValueError(
+                    f"A {assistant_model.config.model_type} assistant cannot see or hear, but the prompt has "
+                    f"{placeholders} placeholder tokens: use an assistant of type {self.config.model_type}, or none."
+                )
+        return super()._get_candidate_generator(
+            generation_config, input_ids, *args, assistant_model=assistant_model, **kwargs
+        )
+
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        processors = super()._get_logits_processor(*args, **kwargs)
-        return _InVocabularyLogitsProcessorList(processors, self.config.text_config.vocab_size)
+        vocab_size = self.config.text_config.vocab_size
+        if kwargs.get("encoder_input_ids") is not None:
+            kwargs["encoder_input_ids"] = _keep_in_vocabulary(kwargs["encoder_input_ids"], vocab_size)
+        return _InVocabularyLogitsProcessorList(super()._get_logits_processor(*args, **kwargs), vocab_size)
 
     def _get_stopping_criteria(
         self,
@@ -123,14 +207,16 @@ class VideoLlamaGenerationMixin(GenerationMixin):
         # The published checkpoints stop at strings. The library finds strings with a tokenizer, which callers seldom pass;
         # without one, the family's strings are found by their token ids, as the published chat does.
         stop_strings = generation_config.stop_strings
-        known = getattr(generation_config, "stop_string_token_ids", None) or {}
-        if tokenizer is not None or not stop_strings or not set(_as_list(stop_strings)) <= set(known):
+        strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
+        known: dict[str, list[list[int]]] = {}
+        for config in (self.generation_config, generation_config):  # a caller's configuration need not repeat them
+            known.update(getattr(config, "stop_string_token_ids", None) or {})
+        if tokenizer is not None or not strings or not set(strings) <= set(known):
             return super()._get_stopping_criteria(generation_config, stopping_criteria, tokenizer=tokenizer, **kwargs)
         generation_config.stop_strings = None
         criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, **kwargs)
         generation_config.stop_strings = stop_strings
-        sequences = [sequence for string in _as_list(stop_strings) for sequence in known[string]]
-        criteria.append(VideoLlamaStopTokensCriteria(sequences))
+        criteria.append(VideoLlamaStopTokensCriteria([sequence for string in strings for sequence in known[string]]))
         return criteria
 
 
@@ -154,10 +240,7 @@ class VideoLlamaStopTokensCriteria(StoppingCriteria):
 
 
 class _InVocabularyLogitsProcessorList(LogitsProcessorList):
-    """
-    Shows logits processors, some of which index the scores by the prompt's tokens, a prompt without tokens past the
-    vocabulary. Those are placeholders; the prompt's own first token takes their place, so the set of seen tokens is kept.
-    """
+    """Shows logits processors, some of which index the scores by the prompt's tokens, no tokens past the vocabulary."""
 
     def __init__(self, processors: LogitsProcessorList, vocab_size: int):
         super().__init__(processors)
@@ -165,12 +248,18 @@ class _InVocabularyLogitsProcessorList(LogitsProcessorList):
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         if len(self):
-            input_ids = torch.where(input_ids < self.vocab_size, input_ids, input_ids[:, :1])
+            input_ids = _keep_in_vocabulary(input_ids, self.vocab_size)
         return super().__call__(input_ids, scores, **kwargs)
 
 
-def _as_list(strings: str | list[str]) -> list[str]:
-    return [strings] if isinstance(strings, str) else list(strings)
+def _keep_in_vocabulary(input_ids: torch.LongTensor, vocab_size: int) -> torch.LongTensor:
+    """
+    Puts another token of the same prompt in place of placeholders past the vocabulary, so that the prompt still has the same
+    known tokens. The one with the largest id: the smallest may be padding.
+    """
+    is_known = input_ids < vocab_size
+    stand_in = input_ids.masked_fill(~is_known, 0).amax(dim=1, keepdim=True)
+    return torch.where(is_known, input_ids, stand_in)
 
 
 __all__ = ["VideoLlamaGenerationMixin", "VideoLlamaStopTokensCriteria"]

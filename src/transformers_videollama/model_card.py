@@ -125,9 +125,7 @@ def make_model_card(
     if config.audio_vision_config is not None:
         parts.append(("Vision tower, to train the audio branch", "ImageBind-Huge", "CC-BY-NC 4.0"))
     names = " and ".join(part.replace("_", " ") for part in trained_parts or [])
-    remote = (
-        f'\nWithout the package, `pipeline("video-text-to-text", model="{repo_id}", trust_remote_code=True)` does it too.\n'
-    )
+    remote = f'\nWithout the package, `pipeline("video-text-to-text", model="{repo_id}", trust_remote_code=True)` does it too.\n'
     text = _TEXT.format(
         title=repo_id.rpartition("/")[2],
         kind=f"The {names} alone, without the frozen parts, of a " if trained_parts else "",

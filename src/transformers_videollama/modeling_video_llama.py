@@ -33,15 +33,18 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .configuration_video_llama import VideoLlamaConfig, VideoLlamaQFormerConfig
-from .generation_video_llama import VideoLlamaGenerationMixin
+from .configuration_video_llama import (
+    VideoLlamaAudioVisionConfig,
+    VideoLlamaConfig,
+    VideoLlamaQFormerConfig,
+    VideoLlamaVisionConfig,
+)
+from .generation_video_llama import MODALITIES, VideoLlamaGenerationMixin, check_soft_token_count
 from .modeling_video_llama_towers import (
     VideoLlamaAudioModel,
     VideoLlamaAudioVisionModel,
     VideoLlamaVisionModel,
 )
-
-MODALITIES = ("image", "video", "audio")
 
 
 @dataclass
@@ -339,6 +342,7 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
         Raises:
             ValueError: if there are more frames than positions and `config.interpolate_frame_positions` is off.
         """
+        _check_frames(pixel_values_videos, padding_mask_videos, self.config.vision_config)
         num_videos, num_frames = pixel_values_videos.shape[:2]
         self.video_branch.check_length(num_frames, "frames")
         frames = self.get_frame_features(pixel_values_videos.flatten(0, 1), **kwargs)
@@ -361,6 +365,11 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
         Returns:
             `BaseModelOutputWithPooling`: as that of [`~VideoLlamaModel.get_video_features`].
         """
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                "`pixel_values` must be of shape (images, channels, height, width), but is of shape "
+                f"{tuple(pixel_values.shape)}."
+            )
         kwargs["return_dict"] = True
         return self.get_video_features(pixel_values.unsqueeze(1), **kwargs)
 
@@ -397,6 +406,16 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
         if (input_features is None) == (pixel_values_videos is None):
             raise ValueError("Give the audio branch either `input_features` or `pixel_values_videos`.")
         if input_features is not None:
+            clip_shape = (self.config.audio_config.num_mel_bins, self.config.audio_config.max_length)
+            if (
+                input_features.ndim != 4
+                or tuple(input_features.shape[2:]) != clip_shape
+                or not input_features.shape[1]
+            ):
+                raise ValueError(
+                    f"`input_features` must be of shape (sounds, clips, {clip_shape[0]}, {clip_shape[1]}), but is of shape "
+                    f"{tuple(input_features.shape)}."
+                )
             tower: Any = self.audio_tower
             inputs, what = input_features, "clips"
         elif self.audio_vision_tower is None:
@@ -405,6 +424,7 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
                 "only training uses it. Load it with `model.load_audio_vision_tower()`."
             )
         else:
+            _check_frames(pixel_values_videos, padding_mask_videos, self.config.audio_vision_config)
             tower, inputs, what = self.audio_vision_tower, pixel_values_videos, "frames"
         num_media, length = inputs.shape[:2]
         self.audio_branch.check_length(length, what)
@@ -448,14 +468,17 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
             else:
                 mask = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
             if features is not None:
-                num_features = features.numel() // features.shape[-1]
-                torch_compilable_check(
-                    mask.sum() == num_features,
-                    lambda modality=modality, mask=mask, num_features=num_features: (
-                        f"The prompt has {int(mask.sum())} {modality} placeholder tokens, but the {modality} input gives "
-                        f"{num_features} soft tokens: put one placeholder for every soft token, as the processor does."
-                    ),
-                )
+                width = inputs_embeds.shape[-1]
+                if features.shape[-1] != width:
+                    raise ValueError(
+                        f"The {modality} input gives soft tokens of width {features.shape[-1]}, but the decoder's is {width}: "
+                        "were they encoded by another model?"
+                    )
+                num_features = features.numel() // width
+                if is_tracing():
+                    torch_compilable_check(mask.sum() == num_features, "placeholders and soft tokens differ in number")
+                else:
+                    check_soft_token_count(modality, int(mask.sum()), num_features)
             masks.append(mask)
         return tuple(masks)
 
@@ -585,12 +608,9 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
         if not is_placeholder.any():
             return
         for modality in MODALITIES:
-            count = int((input_ids == getattr(self.config, f"{modality}_token_id")).sum())
-            if count and encoded.get(modality) is None:
-                raise ValueError(
-                    f"The prompt has {count} {modality} placeholder tokens, but the {modality} input gives 0 soft tokens: "
-                    f"no {modality} was passed."
-                )
+            if encoded.get(modality) is None:
+                count = int((input_ids == getattr(self.config, f"{modality}_token_id")).sum())
+                check_soft_token_count(modality, count, 0)
 
     def train(self, mode: bool = True) -> "VideoLlamaModel":
         """Sets the mode, but the encoders, which are never trained, stay in eval mode (paper, section 2.2)."""
@@ -706,6 +726,24 @@ class VideoLlamaForConditionalGeneration(VideoLlamaPreTrainedModel, VideoLlamaGe
             image_hidden_states=outputs.image_hidden_states,
             video_hidden_states=outputs.video_hidden_states,
             audio_hidden_states=outputs.audio_hidden_states,
+        )
+
+
+def _check_frames(
+    pixel_values_videos: torch.Tensor,
+    padding_mask_videos: torch.Tensor | None,
+    config: VideoLlamaVisionConfig | VideoLlamaAudioVisionConfig,
+) -> None:
+    """Refuses frames of a shape that the tower of this configuration cannot encode, and masks that do not fit them."""
+    frame_shape = (config.num_channels, config.image_size, config.image_size)
+    shape = tuple(pixel_values_videos.shape)
+    if len(shape) != 5 or shape[2:] != frame_shape or not shape[1]:
+        raise ValueError(
+            f"Frames must be of shape (videos, frames, {', '.join(map(str, frame_shape))}), but are of shape {shape}."
+        )
+    if padding_mask_videos is not None and tuple(padding_mask_videos.shape) != shape[:2]:
+        raise ValueError(
+            f"The frames' padding mask must be of shape {shape[:2]}, but is of shape {tuple(padding_mask_videos.shape)}."
         )
 
 
