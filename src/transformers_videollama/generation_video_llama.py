@@ -69,9 +69,9 @@ class VideoLlamaGenerationMixin(GenerationMixin):
             num_media = len(next(iter(media.values())))
             is_uncached = self._find_uncached_placeholders(inputs, modality, model_kwargs)
             num_uncached = int(is_uncached.sum()) // self._num_soft_tokens(modality)
-            if num_media > num_uncached:
+            is_placeholder = inputs == self._placeholder_id(modality)
+            if num_media > num_uncached and (is_placeholder & ~is_uncached).any():
                 # The media of the whole conversation were passed again: those of earlier turns are in the cache.
-                is_placeholder = inputs == self._placeholder_id(modality)
                 is_new = is_uncached[is_placeholder][:: self._num_soft_tokens(modality)]
                 if len(is_new) == num_media:
                     media = {argument: medium[is_new.to(medium.device)] for argument, medium in media.items()}
