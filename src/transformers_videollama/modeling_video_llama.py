@@ -156,10 +156,12 @@ class VideoLlamaBranch(nn.Module):
         most as many as table rows, takes the first n rows; a longer one takes the table linearly interpolated to n rows
         (each medium by its own length, so that a batch gives what its members give alone).
         """
-        table = self.position_embedding.weight
-        num_positions = table.shape[0]
+        # The table is read by calling the module, because offloaded weights are on their device only during a call.
+        num_positions = self.position_embedding.num_embeddings
+        device = self.query_tokens.device
+        table = self.position_embedding(torch.arange(min(length, num_positions), device=device))
         if length <= num_positions:
-            return table[None, :length]
+            return table.unsqueeze(0)
         steps = torch.arange(length, device=table.device, dtype=torch.float32)[None]
         if padding_mask is None:
             lengths = torch.full((1, 1), length, device=table.device, dtype=torch.float32)
@@ -204,6 +206,8 @@ class VideoLlamaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["VideoLlamaBranch", "Blip2QFormerLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+    # Left out on purpose when the configuration has no such tower
+    _keys_to_ignore_on_load_unexpected = [r"audio_vision_tower\."]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
