@@ -14,7 +14,6 @@ from transformers import pipeline
 
 import transformers_videollama  # noqa: F401  (registers the model and the pipeline)
 
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 REFERENCE = REPOSITORY / "tests" / "reference" / "tiny"
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-
 TESTS = Path(__file__).resolve().parent
 REFERENCE = TESTS / "reference"
 sys.path.insert(0, str(TESTS.parent / "conversion"))

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from transformers_videollama import VideoLlamaForConditionalGeneration
 
-
 # What is asked of the port; it is met with two orders of magnitude to spare.
 TOLERANCE = 1e-4
 LOSS_TOLERANCE = 1e-5

@@ -5,13 +5,36 @@ frames -> `vision_config` -> `qformer_config` -> `video_qformer_config` -> `text
 sound -> `audio_config` -> `audio_qformer_config` -> `text_config`.
 """
 
+import copy
 from dataclasses import field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
 from transformers.models.blip_2.configuration_blip_2 import Blip2QFormerConfig
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
+
+if TYPE_CHECKING:
+    # What a saved configuration names below. The library puts the files of all that is imported here beside it.
+    from .modeling_video_llama import VideoLlamaForConditionalGeneration, VideoLlamaModel  # noqa: F401
+    from .pipeline_video_text_to_text import VideoTextToTextPipeline  # noqa: F401
+
+# Where a saved folder's own files have the classes, for those who load it with `trust_remote_code=True` instead of
+# importing this package.
+AUTO_MAP = {
+    "AutoConfig": "configuration_video_llama.VideoLlamaConfig",
+    "AutoModel": "modeling_video_llama.VideoLlamaModel",
+    "AutoModelForImageTextToText": "modeling_video_llama.VideoLlamaForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_video_llama.VideoLlamaForConditionalGeneration",
+}
+CUSTOM_PIPELINES = {
+    "video-text-to-text": {
+        "impl": "pipeline_video_text_to_text.VideoTextToTextPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+        "type": "multimodal",
+    }
+}
 
 # The decoders of the published checkpoints, as differences from LLaMA-2-7B-Chat, which is `LlamaConfig()` with the
 # limits below. Every one of them is a `LlamaForCausalLM`.
@@ -248,6 +271,7 @@ class VideoLlamaConfig(PreTrainedConfig):
     ```"""
 
     model_type = "video_llama"
+    _auto_class = "AutoConfig"
     sub_configs = {
         "vision_config": VideoLlamaVisionConfig,
         "qformer_config": VideoLlamaQFormerConfig,
@@ -307,7 +331,18 @@ class VideoLlamaConfig(PreTrainedConfig):
             self.text_config = CONFIG_MAPPING[text_config.pop("model_type", "llama")](**text_config)
         if self.tie_word_embeddings is None:
             self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        if type(self).__module__.partition(".")[0] != TRANSFORMERS_DYNAMIC_MODULE_NAME:
+            # The package registers its tasks, and `pipeline` asks for `trust_remote_code` wherever these are listed.
+            pipelines = kwargs.pop("custom_pipelines", {})
+            kwargs["custom_pipelines"] = {name: pipelines[name] for name in pipelines if name not in CUSTOM_PIPELINES}
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in the library, with what makes a saved folder work without this package."""
+        output = super().to_dict()
+        output["auto_map"] = dict(AUTO_MAP)
+        output["custom_pipelines"] = {**output.get("custom_pipelines", {}), **copy.deepcopy(CUSTOM_PIPELINES)}
+        return output
 
     @staticmethod
     def _build(config_class: type, value: dict | PreTrainedConfig | None, **defaults: Any) -> PreTrainedConfig:

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.utils import PushToHubMixin
 
 from .configuration_video_llama import PUBLISHED_DECODERS, VideoLlamaConfig
 
@@ -185,8 +186,10 @@ def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
-class VideoLlamaModelCardMixin:
+class VideoLlamaModelCardMixin(PushToHubMixin):
     """Gives a model that is pushed to a repository without a card the card made from its configuration."""
+
+    config: VideoLlamaConfig
 
     def _upload_modified_files(
         self, working_dir: str | os.PathLike, repo_id: str, *args: Any, token: bool | str | None = None, **kwargs: Any

@@ -40,6 +40,7 @@ from .configuration_video_llama import (
     VideoLlamaVisionConfig,
 )
 from .generation_video_llama import MODALITIES, VideoLlamaGenerationMixin, check_soft_token_count
+from .model_card import VideoLlamaModelCardMixin
 from .modeling_video_llama_towers import (
     VideoLlamaAudioModel,
     VideoLlamaAudioVisionModel,
@@ -197,7 +198,7 @@ class VideoLlamaBranch(nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=self.projector(hidden_states))
 
 
-class VideoLlamaPreTrainedModel(PreTrainedModel):
+class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
     """What the library must know of the model with and without its head."""
 
     config: VideoLlamaConfig
@@ -235,6 +236,8 @@ class VideoLlamaPreTrainedModel(PreTrainedModel):
 
 class VideoLlamaModel(VideoLlamaPreTrainedModel):
     """Video-LLaMA without the language-modelling head: the encoders, the two branches and the decoder."""
+
+    _auto_class = "AutoModel"
 
     def __init__(self, config: VideoLlamaConfig):
         super().__init__(config)
@@ -627,6 +630,8 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
 
 class VideoLlamaForConditionalGeneration(VideoLlamaPreTrainedModel, VideoLlamaGenerationMixin):
     """Video-LLaMA: answers questions about what is seen and heard."""
+
+    _auto_class = "AutoModelForImageTextToText"
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}

@@ -25,14 +25,14 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from .chat_templates import CHAT_TEMPLATES, STOP_STRINGS
-from .media import MediaError, OpenedMedia, describe_source, has_audio, open_media
+from .media import MediaError, describe_source, has_audio, is_opened, open_media
 
 _MEDIA_TYPES = ("image", "video", "audio")
 # What the library puts before special tokens that `sanitize_control_tokens` turns into plain text
 _USER_TEXT_MARK = "\U000f0000"
 
 
-class VideoLlamaProcessorKwargs(ProcessingKwargs, total=False):
+class VideoLlamaProcessorKwargs(ProcessingKwargs, total=False):  # type: ignore[call-arg]
     # Newer versions of transformers take a `text_kwargs` of the processor instead, and still this
     _defaults = {"text_kwargs": {"padding": True}}
 
@@ -67,6 +67,8 @@ class VideoLlamaProcessor(ProcessorMixin):
             family, if `chat_template` names one (`"###"` for Vicuna).
     """
 
+    _auto_class = "AutoProcessor"
+
     valid_processor_kwargs = VideoLlamaProcessorKwargs
 
     def __init__(
@@ -85,6 +87,8 @@ class VideoLlamaProcessor(ProcessorMixin):
         load_audio_from_video: bool = True,
         stop_string: str | None = None,
     ):
+        # As the library sets it when the processor is saved, so that saving and loading give the same processor
+        self.auto_map = {self._auto_class: "processing_video_llama.VideoLlamaProcessor"}
         self.image_token = image_token
         self.video_token = video_token
         self.audio_token = audio_token
@@ -105,7 +109,9 @@ class VideoLlamaProcessor(ProcessorMixin):
     # ------------------------------------------------------------------------------------------------------------------
     # Hooks of the inherited `__call__`
 
-    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+    def prepare_inputs_layout(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> tuple[Any, Any, Any, Any]:
         """As in the library, but sounds stay what they are, in a flat list: arrays of one or more channels, (samples,
         rate) pairs, or files, which the feature extractor opens itself."""
         images, text, videos, _ = super().prepare_inputs_layout(images=images, text=text, videos=videos, **kwargs)
@@ -113,26 +119,28 @@ class VideoLlamaProcessor(ProcessorMixin):
             videos = [video for video in videos if not isinstance(video, (list, tuple)) or len(video)] or None
         return images, text, videos, None if audio is None else list(_flat_sounds(audio)) or None
 
-    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+    def validate_inputs(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> None:
         """Only what can be known before the media are opened; `get_text_with_replacements` compares the counts."""
         if images is None and text is None and videos is None and audio is None:
             raise ValueError(f"{type(self).__name__} needs at least one of `images`, `text`, `videos` and `audio`.")
         if text is not None and not all(isinstance(prompt, str) for prompt in text):
             raise ValueError("`text` must be a string or a list of strings.")
 
-    def _process_videos(self, videos, **kwargs):
+    def _process_videos(self, videos: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         # `apply_chat_template` has them processed already: it needs their timestamps to write the prompt
         processed = videos if isinstance(videos, BatchFeature) else self.video_processor(videos, **kwargs)
         num_videos = len(processed["pixel_values_videos"])
         return processed, [self.replace_video_token(processed, index) for index in range(num_videos)]
 
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         return self.image_token * self.num_image_tokens
 
-    def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs) -> str:
+    def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs: Any) -> str:
         return self.video_token * self.num_video_tokens
 
-    def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs) -> str:
+    def replace_audio_token(self, audio_inputs: dict, audio_idx: int, **kwargs: Any) -> str:
         return self.audio_token * self.num_audio_tokens
 
     def get_text_with_replacements(
@@ -163,7 +171,7 @@ class VideoLlamaProcessor(ProcessorMixin):
         image_sizes: list[list[int]] | None = None,
         video_sizes: list[list[int]] | None = None,
         audio_lengths: list[int] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> MultiModalData:
         """How many placeholder tokens media of these sizes take; servers ask before they have the media.
 
@@ -200,7 +208,7 @@ class VideoLlamaProcessor(ProcessorMixin):
         load_audio_from_video: bool | None = None,
         processor_kwargs: dict[str, Any] | None = None,
         sanitize_control_tokens: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ) -> str | list[str] | list[list[int]] | BatchFeature:
         r"""
         Write the prompt of a chat and, with `tokenize=True`, prepare it and its media for the model.
@@ -366,7 +374,7 @@ class VideoLlamaProcessor(ProcessorMixin):
         )["videos_kwargs"]
         if not decode:
             for entry in entries:
-                if isinstance(entry["source"], OpenedMedia):
+                if is_opened(entry["source"]):
                     metadata = self.video_processor.read_metadata(entry["source"], **videos_kwargs)
                     entry["timestamps"] = _timestamps(metadata)
             return None
@@ -395,7 +403,9 @@ class VideoLlamaProcessor(ProcessorMixin):
     # ------------------------------------------------------------------------------------------------------------------
     # Answers
 
-    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens: bool = True, **kwargs):
+    def post_process_image_text_to_text(
+        self, generated_outputs: Any, skip_special_tokens: bool = True, **kwargs: Any
+    ) -> str | list[str]:
         """
         Decode what `generate` returned.
 
@@ -559,12 +569,12 @@ def _assistant_masks(
     The spans are those of the rendered prompt, the tokens' offsets those of the text in which `replacements` has put
     many placeholder tokens in the place of each.
     """
-    masks = []
+    masks: list[list[int]] = []
     for offsets, prompt_replacements, prompt_spans in zip(offset_mapping, replacements, spans, strict=True):
         starts, ends = np.asarray(offsets).T
         placeholder_ends = [replacement["span"][1] for replacement in prompt_replacements]
         gained = [0] + [replacement["new_span"][1] - replacement["span"][1] for replacement in prompt_replacements]
-        mask = np.zeros(len(starts), dtype=bool)
+        mask: np.ndarray = np.zeros(len(starts), dtype=bool)
         for span in prompt_spans:
             start, end = (char + gained[bisect.bisect_right(placeholder_ends, char)] for char in span)
             mask |= (starts < end) & (ends > start)

@@ -1,0 +1,321 @@
+"""A model's trained part: a checkpoint of the video branch, the audio branch or both, which loads onto the frozen parts.
+
+Only the two branches are ever trained, so this is all that a training run has to keep: some hundred megabytes in place of
+the whole model. A folder of this form holds `trained_part.safetensors`, with the tensors under the model's own names, and
+`trained_part.json`, which names the model that they belong to and the sizes that must fit.
+"""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo, HfApi
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers.utils import cached_file, logging
+
+from .model_card import describe_decoder, make_model_card
+from .modeling_video_llama import VideoLlamaForConditionalGeneration, VideoLlamaModel
+
+logger = logging.get_logger(__name__)
+
+WEIGHTS_NAME = "trained_part.safetensors"
+DESCRIPTION_NAME = "trained_part.json"
+BRANCHES = ("video_branch", "audio_branch")
+
+Model = VideoLlamaForConditionalGeneration | VideoLlamaModel
+
+
+def save_trained_part(
+    model: Model,
+    directory: str | os.PathLike,
+    parts: list[str] | None = None,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+) -> Path:
+    """
+    Saves the trained branches of a model.
+
+    Files are written under another name first, so that a folder never holds half of one.
+
+    Args:
+        model (`VideoLlamaForConditionalGeneration` or `VideoLlamaModel`): The model.
+        directory (`str` or `os.PathLike`): The folder, made if need be.
+        parts (`list[str]`, *optional*):
+            `"video_branch"`, `"audio_branch"`, or both. By default those with parameters that require a gradient or, in a
+            model without any, all that it has.
+        base_model (`str`, *optional*):
+            Folder or Hub id of the model with the frozen parts. By default where `model` was loaded from.
+        base_revision (`str`, *optional*): Its revision on the Hub.
+
+    Returns:
+        `Path`: the folder.
+
+    Raises:
+        ValueError: if the model has no such branch.
+    """
+    branches = {name: _branch(model, name) for name in BRANCHES}
+    if parts is None:
+        present = [name for name, branch in branches.items() if branch is not None]
+        trained = [name for name in present if any(p.requires_grad for p in branches[name].parameters())]
+        parts = trained or present
+    for name in parts:
+        if branches.get(name) is None:
+            raise ValueError(_missing_branch(name))
+    tensors = {
+        f"{name}.{key}": tensor.detach().cpu().contiguous()
+        for name in parts
+        for key, tensor in branches[name].state_dict().items()
+    }
+    decoder_name, _, decoder_terms = describe_decoder(model.config)
+    description = {
+        "parts": list(parts),
+        "base_model": base_model or model.config._name_or_path or None,
+        "base_revision": base_revision,
+        "frozen_parts": {
+            "vision_tower": "EVA-CLIP ViT-g/14, MIT",
+            "qformer": "BLIP-2, BSD-3-Clause",
+            **({"audio_tower": "ImageBind-Huge, CC-BY-NC 4.0"} if "audio_branch" in parts else {}),
+            "language_model": f"{decoder_name}, {decoder_terms}",
+        },
+        "sizes": _sizes(model.config, parts),
+    }
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    text = json.dumps(description, indent=2) + "\n"
+    _replace(folder / DESCRIPTION_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    return folder
+
+
+def load_trained_part(model: Model, path_or_repo_id: str | os.PathLike, **kwargs: Any) -> list[str]:
+    """
+    Loads trained branches onto a model, in place. Branches that are not in the file keep their weights, so that a video
+    and an audio branch can be loaded one after the other.
+
+    Args:
+        model (`VideoLlamaForConditionalGeneration` or `VideoLlamaModel`): The model.
+        path_or_repo_id (`str` or `os.PathLike`): A folder made by [`save_trained_part`], or a repository of the Hub.
+        kwargs: Where the Hub is concerned, `revision`, `token`, `cache_dir`, `force_download`, `local_files_only`,
+            `subfolder`.
+
+    Returns:
+        `list[str]`: the branches that were loaded.
+
+    Raises:
+        OSError: if there is no such folder or repository, or if it holds no trained part.
+        ValueError: if a size does not fit, which the message names, or if tensors are missing or unknown. Nothing is
+            loaded then.
+    """
+    description = _read_description(path_or_repo_id, **kwargs)
+    parts = description["parts"]
+    branches = {}
+    for name in parts:
+        branch = _branch(model, name)
+        if branch is None:
+            raise ValueError(f"{path_or_repo_id}: {_missing_branch(name)}")
+        branches[name] = branch
+    _check_sizes(path_or_repo_id, description, model)
+
+    targets = {
+        f"{name}.{key}": tensor for name, branch in branches.items() for key, tensor in branch.state_dict().items()
+    }
+    offloaded = sorted(name for name, tensor in targets.items() if tensor.is_meta)
+    if offloaded:
+        raise ValueError(
+            f"The model's {offloaded[0]} and {len(offloaded) - 1} more tensors are offloaded or not loaded: load the "
+            "trained part onto a model that is in memory."
+        )
+    weights = cached_file(path_or_repo_id, WEIGHTS_NAME, **kwargs)
+    with safe_open(weights, framework="pt") as file:
+        shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        _check_tensors(weights, shapes, targets)
+        with torch.no_grad():
+            for name, target in targets.items():
+                target.copy_(file.get_tensor(name))
+    return parts
+
+
+def from_trained_part(
+    path_or_repo_id: str | os.PathLike,
+    base_model: str | os.PathLike | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    **kwargs: Any,
+) -> VideoLlamaForConditionalGeneration:
+    """
+    Loads a whole model from its trained part and the model with the frozen parts, which the trained part names.
+
+    Args:
+        path_or_repo_id (`str` or `os.PathLike`): The trained part: a folder, or a repository of the Hub.
+        base_model (`str` or `os.PathLike`, *optional*): Another model with the frozen parts than the one named.
+        revision (`str`, *optional*): Revision of the trained part.
+        token (`str` or `bool`, *optional*): Token for the Hub, for both.
+        kwargs: Arguments of `VideoLlamaForConditionalGeneration.from_pretrained`: `dtype`, `device_map`, ….
+
+    Raises:
+        ValueError: if no base model is named or if the parts do not fit, see [`load_trained_part`].
+    """
+    description = _read_description(path_or_repo_id, revision=revision, token=token)
+    base_revision = None
+    if base_model is None:
+        base_model, base_revision = description["base_model"], description["base_revision"]
+    if base_model is None:
+        raise ValueError(
+            f"{path_or_repo_id} does not name the model with its frozen parts: give it as `base_model=…`. It needs "
+            f"{', '.join(description['frozen_parts'].values())}."
+        )
+    if base_revision is not None:
+        kwargs.setdefault("revision", base_revision)
+    model = VideoLlamaForConditionalGeneration.from_pretrained(base_model, token=token, **kwargs)
+    load_trained_part(model, path_or_repo_id, revision=revision, token=token)
+    return model
+
+
+def push_trained_part_to_hub(
+    model: Model,
+    repo_id: str,
+    parts: list[str] | None = None,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+    commit_message: str = "Upload trained part",
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> CommitInfo:
+    """
+    Uploads the trained branches of a model in one commit, with a model card if the repository has none.
+
+    Args:
+        model, parts, base_model, base_revision: As for [`save_trained_part`].
+        repo_id (`str`): The repository, made if need be.
+        commit_message, private, token, revision, create_pr: As for the library's `push_to_hub`.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as directory:
+        save_trained_part(model, directory, parts, base_model, base_revision)
+        description = _read_description(directory)
+        base_model = description["base_model"]
+        if base_model is None or os.path.isdir(base_model):
+            logger.warning(
+                f"{repo_id} names {base_model or 'nothing'} as the model with its frozen parts, which others do not "
+                "have: name one on the Hub as `base_model=…`."
+            )
+            base_model = None
+        if not api.file_exists(repo_id, "README.md"):
+            card = make_model_card(model.config, repo_id, trained_parts=description["parts"], base_model=base_model)
+            card.save(Path(directory) / "README.md")
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=directory,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def _branch(model: Model, name: str) -> torch.nn.Module | None:
+    return getattr(getattr(model, model.base_model_prefix, model), name, None)
+
+
+def _missing_branch(name: str) -> str:
+    if name == "audio_branch":
+        return "it is about the audio branch, which this model lacks (`config.audio_config` is None)."
+    return f"there is no part {name!r}: choose from {', '.join(BRANCHES)}."
+
+
+def _sizes(config: Any, parts: list[str]) -> dict[str, int]:
+    """The sizes that a branch shares with the frozen parts, and its own, by their names in the configuration."""
+    sizes = {"text_config.hidden_size": config.text_config.hidden_size}
+    if "video_branch" in parts:
+        sizes |= {
+            "qformer_config.hidden_size": config.qformer_config.hidden_size,
+            "video_qformer_config.hidden_size": config.video_qformer_config.hidden_size,
+            "video_qformer_config.num_hidden_layers": config.video_qformer_config.num_hidden_layers,
+            "num_video_query_tokens": config.num_video_query_tokens,
+            "max_frames": config.max_frames,
+        }
+    if "audio_branch" in parts:
+        sizes |= {
+            "audio_config.projection_dim": config.audio_config.projection_dim,
+            "audio_config.max_source_positions": config.audio_config.max_source_positions,
+            "audio_qformer_config.hidden_size": config.audio_qformer_config.hidden_size,
+            "audio_qformer_config.num_hidden_layers": config.audio_qformer_config.num_hidden_layers,
+            "num_audio_query_tokens": config.num_audio_query_tokens,
+        }
+    return sizes
+
+
+def _check_sizes(source: str | os.PathLike, description: dict[str, Any], model: Model) -> None:
+    made_for = description["sizes"]
+    has = _sizes(model.config, description["parts"])
+    wrong = [
+        f"`{name}` {made_for[name]}, not {has[name]}" for name in has if made_for.get(name, has[name]) != has[name]
+    ]
+    if not wrong:
+        return
+    hint = ""
+    name = "text_config.hidden_size"
+    if made_for.get(name, has[name]) != has[name]:
+        billions = {4096: "7B", 5120: "13B"}
+        names = [billions.get(width, f"{width} wide") for width in (made_for[name], has[name])]
+        hint = f" It was made for a {names[0]} decoder, and this model's is {names[1]}."
+    raise ValueError(f"{os.fspath(source)} does not fit this model. It needs {'; '.join(wrong)}.{hint}")
+
+
+def _check_tensors(source: str, shapes: dict[str, list[int]], targets: dict[str, torch.Tensor]) -> None:
+    problems = []
+    missing = sorted(set(targets) - set(shapes))
+    unexpected = sorted(set(shapes) - set(targets))
+    if missing:
+        problems.append(f"{len(missing)} tensors are missing: {_some(missing)}")
+    if unexpected:
+        problems.append(f"{len(unexpected)} tensors are unknown: {_some(unexpected)}")
+    for name in sorted(set(shapes) & set(targets)):
+        if shapes[name] != list(targets[name].shape):
+            problems.append(f"{name} has shape {shapes[name]}, but the model's has {list(targets[name].shape)}")
+    if problems:
+        raise ValueError(f"{source} does not fit this model: {'; '.join(problems)}.")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _read_description(path_or_repo_id: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:
+    path = cached_file(path_or_repo_id, DESCRIPTION_NAME, **kwargs)
+    try:
+        description = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): save the trained part again.") from error
+    wanted = ("parts", "base_model", "base_revision", "frozen_parts", "sizes")
+    missing = [name for name in wanted if name not in description]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: it was not written by `save_trained_part`.")
+    return description
+
+
+def _replace(path: Path, write: Any) -> None:
+    """Has `write` write a file beside `path`, and puts it in the place of `path` when it is whole."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # `mkstemp` makes files that only their owner can read
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+__all__ = ["from_trained_part", "load_trained_part", "push_trained_part_to_hub", "save_trained_part"]
