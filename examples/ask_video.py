@@ -34,7 +34,7 @@ def convert_reference_model() -> Path:
             "--al-checkpoint": "finetune_al.pth",
         }
         convert([part for flag, name in files.items() for part in (flag, str(REFERENCE / name))]
-                + ["--output-dir", str(folder)])  # fmt: skip
+                + ["--family", "llama_2", "--output-dir", str(folder)])  # fmt: skip
     return folder
 
 
@@ -52,7 +52,9 @@ def main() -> None:
         model = str(convert_reference_model())
     answer = pipeline("video-text-to-text", model=model, device_map="auto")
     for question in args.questions:
-        outputs = answer(args.video, text=question, max_new_tokens=args.max_new_tokens, do_sample=False)
+        outputs = answer(
+            args.video, text=question, max_new_tokens=args.max_new_tokens, do_sample=False, return_full_text=False
+        )
         print(f"Q: {question}\nA: {outputs[0]['generated_text']}")
 
 

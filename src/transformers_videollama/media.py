@@ -34,7 +34,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard
 
 import numpy as np
 import torch
@@ -111,7 +111,7 @@ class OpenedMedia:
 MediaSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | OpenedMedia
 
 
-def is_opened(source: Any) -> bool:
+def is_opened(source: Any) -> TypeGuard[OpenedMedia]:
     """
     Whether a source is an [`OpenedMedia`]. Asked of its attribute and not of its class, of which there are several where
     classes come from a folder through `trust_remote_code`: each of them brings its own copy of this file.
