@@ -156,8 +156,8 @@ def open_media(source: MediaSource) -> Generator[OpenedMedia]:
             )
         else:
             yield _from_path(text, text)
-    elif hasattr(source, "read"):
-        yield _from_bytes(source.read(), name)
+    elif callable(read := getattr(source, "read", None)):
+        yield _from_bytes(read(), name)
     else:
         raise TypeError(
             "A media source is a path, an http(s) address, a data: URI, bytes or a binary file object, not"
