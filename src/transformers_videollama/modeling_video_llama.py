@@ -548,26 +548,28 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
                 input_features, audio_pixel_values_videos, audio_padding_mask_videos, return_dict=True
             )
 
-        if inputs_embeds is None:
+        features = {}
+        # A decoding step, one token without media, is left to the decoder: its token is one of the vocabulary.
+        if inputs_embeds is None and (encoded or input_ids.shape[1] > 1):
             # Placeholders may lie past the vocabulary; any row of the table will do, as soft tokens take their place.
             is_placeholder = self.is_placeholder(input_ids)
             self._check_media_are_given(is_placeholder, input_ids, encoded, past_key_values)
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_placeholder, 0))
-        features = {
-            modality: encoded[modality].pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
-            if encoded.get(modality) is not None
-            else None
-            for modality in MODALITIES
-        }
-        if any(feature is not None for feature in features.values()):
+        if encoded:
+            features = {
+                modality: outputs.pooler_output.to(inputs_embeds.device, inputs_embeds.dtype)
+                for modality, outputs in encoded.items()
+                if outputs is not None
+            }
             masks = self.get_placeholder_mask(
-                input_ids, inputs_embeds, **{f"{modality}_features": features[modality] for modality in MODALITIES}
+                input_ids, inputs_embeds, **{f"{modality}_features": features.get(modality) for modality in MODALITIES}
             )
-            for mask, feature in zip(masks, features.values(), strict=True):
-                if feature is not None:
-                    inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), feature)
+            for modality, mask in zip(MODALITIES, masks, strict=True):
+                if modality in features:
+                    inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), features[modality])
 
         outputs = self.language_model(
+            input_ids=input_ids if inputs_embeds is None else None,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -581,9 +583,9 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            image_hidden_states=features["image"],
-            video_hidden_states=features["video"],
-            audio_hidden_states=features["audio"],
+            image_hidden_states=features.get("image"),
+            video_hidden_states=features.get("video"),
+            audio_hidden_states=features.get("audio"),
         )
 
     def is_placeholder(self, input_ids: torch.LongTensor) -> torch.BoolTensor:
@@ -603,8 +605,8 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
         past_key_values: Cache | None,
     ) -> None:
         """
-        Refuses placeholders without a medium. Decoding steps are left out: they would wait for the device at every token,
-        and what they continue was checked at the prefill.
+        Refuses placeholders without a medium. Continuations of a cache are left out: they would wait for the device at every
+        step, and what they continue was checked at the prefill.
         """
         if (
             input_ids.shape[1] == 1
