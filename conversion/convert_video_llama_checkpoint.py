@@ -38,7 +38,7 @@ from model_config import (
     read_meta_heads,
 )
 from tqdm import tqdm
-from transformers import BlipImageProcessorPil, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from weight_files import ConversionError, WeightFile, checksum, first_line, open_weight_files, read_json, write_shard
 from weight_plan import (
     KIND_OF_FLAG,
@@ -56,6 +56,7 @@ from weight_plan import (
 from transformers_videollama import VideoLlamaConfig, VideoLlamaForConditionalGeneration
 from transformers_videollama.chat_templates import CHAT_TEMPLATES
 from transformers_videollama.feature_extraction_video_llama import VideoLlamaFeatureExtractor
+from transformers_videollama.image_processing_video_llama import VideoLlamaImageProcessor
 from transformers_videollama.model_card import make_model_card
 from transformers_videollama.modeling_video_llama_towers import VideoLlamaAudioVisionModel
 from transformers_videollama.processing_video_llama import VideoLlamaProcessor
@@ -220,7 +221,7 @@ def _make_processor(decoder_dirs: list[Path], plan: Plan, text_config: Any, fami
     num_audio_tokens = {"num_audio_tokens": plan["model.audio_branch.query_tokens"].shape[1]} if hears else {}
     num_video_tokens = plan["model.video_branch.query_tokens"].shape[1]
     return VideoLlamaProcessor(
-        image_processor=BlipImageProcessorPil(size={"height": 224, "width": 224}),
+        image_processor=VideoLlamaImageProcessor(),
         tokenizer=load_tokenizer(decoder_dirs, text_config),
         video_processor=VideoLlamaVideoProcessor(),
         feature_extractor=VideoLlamaFeatureExtractor(),

@@ -14,11 +14,12 @@ import torch
 from media_files import tone, write_media
 from PIL import Image
 from tokenizers import pre_tokenizers
-from transformers import AutoProcessor, AutoTokenizer, BlipImageProcessorPil, LlamaTokenizer
+from transformers import AutoProcessor, AutoTokenizer, LlamaTokenizer
 
 from transformers_videollama import chat_templates, processing_video_llama
 from transformers_videollama.chat_templates import CHAT_TEMPLATES, STOP_STRINGS
 from transformers_videollama.feature_extraction_video_llama import VideoLlamaFeatureExtractor
+from transformers_videollama.image_processing_video_llama import VideoLlamaImageProcessor
 from transformers_videollama.media import MediaError
 from transformers_videollama.processing_video_llama import VideoLlamaProcessor
 from transformers_videollama.video_processing_video_llama import VideoLlamaVideoProcessor
@@ -39,7 +40,7 @@ NUM_TOKENS = {"num_image_tokens": 5, "num_video_tokens": 5, "num_audio_tokens": 
 
 def make_processor(chat_template: str | None = "vicuna", tokenizer=None, **kwargs) -> VideoLlamaProcessor:
     return VideoLlamaProcessor(
-        image_processor=BlipImageProcessorPil(size={"height": 224, "width": 224}),
+        image_processor=VideoLlamaImageProcessor(),
         tokenizer=tokenizer or AutoTokenizer.from_pretrained(REFERENCE / "tiny" / "llama"),
         video_processor=VideoLlamaVideoProcessor(),
         feature_extractor=VideoLlamaFeatureExtractor(),

@@ -9,10 +9,11 @@ import numpy as np
 from library_suites import ProcessorTesterMixin, test_processing_common
 from media_files import tone, write_media
 from PIL import Image
-from transformers import AutoTokenizer, BlipImageProcessorPil
+from transformers import AutoTokenizer
 
 import transformers_videollama  # noqa: F401  (registers the processor's parts with the Auto classes)
 from transformers_videollama.feature_extraction_video_llama import VideoLlamaFeatureExtractor
+from transformers_videollama.image_processing_video_llama import VideoLlamaImageProcessor
 from transformers_videollama.processing_video_llama import VideoLlamaProcessor
 from transformers_videollama.video_processing_video_llama import VideoLlamaVideoProcessor
 
@@ -57,7 +58,7 @@ class VideoLlamaProcessorTest(ProcessorTesterMixin, unittest.TestCase):
 
     @classmethod
     def _setup_image_processor(cls):
-        return BlipImageProcessorPil(size={"height": 30, "width": 30})
+        return VideoLlamaImageProcessor(size={"height": 30, "width": 30})
 
     @classmethod
     def _setup_video_processor(cls):

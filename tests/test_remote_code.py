@@ -117,7 +117,7 @@ def test_a_folder_works_without_the_package_and_so_does_what_is_saved_from_it(
             "AutoProcessor": "VideoLlamaProcessor",
             "AutoVideoProcessor": "VideoLlamaVideoProcessor",
             "AutoFeatureExtractor": "VideoLlamaFeatureExtractor",
-            "AutoImageProcessor": result["names"]["AutoImageProcessor"],
+            "AutoImageProcessor": "VideoLlamaImageProcessor",
             "AutoTokenizer": result["names"]["AutoTokenizer"],
         }
         assert result["tokens"] == result["other_tokens"] == expected

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         VideoLlamaVisionConfig,
     )
     from .feature_extraction_video_llama import VideoLlamaFeatureExtractor
+    from .image_processing_video_llama import VideoLlamaImageProcessor
     from .media import MediaError
     from .model_card import make_model_card
     from .modeling_video_llama import VideoLlamaForConditionalGeneration, VideoLlamaModel, VideoLlamaPreTrainedModel
@@ -36,6 +37,7 @@ _MODULES = {
     "VideoLlamaVideoQFormerConfig": "configuration_video_llama",
     "VideoLlamaVisionConfig": "configuration_video_llama",
     "VideoLlamaFeatureExtractor": "feature_extraction_video_llama",
+    "VideoLlamaImageProcessor": "image_processing_video_llama",
     "MediaError": "media",
     "make_model_card": "model_card",
     "VideoLlamaForConditionalGeneration": "modeling_video_llama",
@@ -71,6 +73,7 @@ __all__ = [
     "VideoLlamaConfig",
     "VideoLlamaFeatureExtractor",
     "VideoLlamaForConditionalGeneration",
+    "VideoLlamaImageProcessor",
     "VideoLlamaModel",
     "VideoLlamaPreTrainedModel",
     "VideoLlamaProcessor",

@@ -27,6 +27,8 @@ MODEL_NAMES = {
 CLASSES = (
     (f"{AUTO}.feature_extraction_auto", "AutoFeatureExtractor",
      f"{PACKAGE}.feature_extraction_video_llama", "VideoLlamaFeatureExtractor"),
+    (f"{AUTO}.image_processing_auto", "AutoImageProcessor",
+     f"{PACKAGE}.image_processing_video_llama", "VideoLlamaImageProcessor"),
     (f"{AUTO}.video_processing_auto", "AutoVideoProcessor",
      f"{PACKAGE}.video_processing_video_llama", "VideoLlamaVideoProcessor"),
     (f"{AUTO}.processing_auto", "AutoProcessor",

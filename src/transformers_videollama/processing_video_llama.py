@@ -52,7 +52,7 @@ class VideoLlamaProcessor(ProcessorMixin):
     tokenizes the pieces around the media one by one.
 
     Args:
-        image_processor (`BlipImageProcessorPil`): images to `pixel_values` (N, 3, H, W).
+        image_processor (`VideoLlamaImageProcessor`): images to `pixel_values` (N, 3, H, W).
         tokenizer (`PreTrainedTokenizerBase`): the decoder's tokenizer.
         video_processor (`VideoLlamaVideoProcessor`): videos to `pixel_values_videos` (N, T, 3, H, W).
         feature_extractor (`VideoLlamaFeatureExtractor`): sounds to `input_features` (N, 8, 128, 204).
