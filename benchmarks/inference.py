@@ -616,7 +616,20 @@ def run(args: argparse.Namespace) -> None:
         Row("decode", "decode", "tokens", 1),
         Row("end_to_end", f"{NUM_FRAMES} frames + sound + {NUM_NEW_TOKENS} tokens", "", 1),
     ]
-    lines = []
+    hardware = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} thread"
+    print(f"{args.size}, {args.dtype}, {hardware}, torch {torch.__version__}, transformers {transformers.__version__}")
+    if ceilings is not None:
+        print(f"Measured peaks: {ceilings[0] / 1e12:.0f} TFLOP/s (8192³ matmul), {ceilings[1] / 1e12:.2f} TB/s (copy)")
+    print()
+    header = ["row", "ours", "(a) InstructBlipVideo", "(b) as published", "ours to (a)", "ours to (b)"]
+    header += ["of peak", "target"]
+    columns = range(len(header)) if on_gpu else (0, 4, 5)  # absolute times of a shared CPU say little
+
+    def show(*line: str) -> None:
+        print(f"| {' | '.join(line[i] for i in columns)} |", flush=True)
+
+    show(*header)
+    show(*["---"] * len(header))
     for row in rows:
         seconds = {name: statistics.median(values) for name, values in times[row.name].items() if values}
         ratios = {name: describe_ratio(times[row.name]["ours"], times[row.name][name]) for name in seconds}
@@ -631,9 +644,7 @@ def run(args: argparse.Namespace) -> None:
         absolute = [row.show(seconds[name]) if name in seconds else "none" for name in ("ours", "a", "b")]
         target = targets.get(row.name)
         value = fraction if target is not None and target[0] == "ceiling" else seconds["b"] / seconds["ours"]
-        lines.append(
-            [row.label, *absolute, ratios.get("a", "none"), ratios["b"], fraction_text, verdict(value, target)]
-        )
+        show(row.label, *absolute, ratios.get("a", "none"), ratios["b"], fraction_text, verdict(value, target))
     del contenders, ours
     if on_gpu:
         torch.cuda.empty_cache()
@@ -644,33 +655,12 @@ def run(args: argparse.Namespace) -> None:
     peaks = measure_memory(names, args)
     absolute = [f"{peaks[name] / GIB:.2f} GiB" for name in ("ours", "a", "b")]
     ratios = [f"{peaks[name] / peaks['ours']:.2f}x" for name in ("a", "b")]
-    lines.append(["peak memory, with sound", *absolute, *ratios, "", verdict(peaks["ours"], targets.get("memory"))])
+    show("peak memory, with sound", *absolute, *ratios, "", verdict(peaks["ours"], targets.get("memory")))
     if on_gpu:
         peak = peaks.get("4bit")
         shown = "bitsandbytes is not installed" if peak is None else f"{peak / GIB:.2f} GiB"
         target = "not measured" if peak is None else verdict(peak, targets.get("memory_4bit"))
-        lines.append(["peak memory, with sound, 4-bit decoder", shown, "", "", "", "", "", target])
-
-    header = [
-        "row",
-        "ours",
-        "(a) InstructBlipVideo",
-        "(b) as published",
-        "ours to (a)",
-        "ours to (b)",
-        "of peak",
-        "target",
-    ]
-    if not on_gpu:  # absolute times of a CPU say nothing; memory is the one absolute number
-        columns = [0, 4, 5]
-        header, lines = [header[i] for i in columns], [[line[i] for i in columns] for line in lines]
-    hardware = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} thread"
-    print(f"{args.size}, {args.dtype}, {hardware}, torch {torch.__version__}, transformers {transformers.__version__}")
-    if ceilings is not None:
-        print(f"Measured peaks: {ceilings[0] / 1e12:.0f} TFLOP/s (8192³ matmul), {ceilings[1] / 1e12:.2f} TB/s (copy)")
-    print()
-    for line in [header, ["---"] * len(header), *lines]:
-        print(f"| {' | '.join(line)} |")
+        show("peak memory, with sound, 4-bit decoder", shown, "", "", "", "", "", target)
     print("\nRatios above 1: ours is faster, or takes less memory. Medians over the repeats, quartiles in brackets.")
 
 
