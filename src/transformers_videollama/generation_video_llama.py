@@ -232,10 +232,12 @@ class VideoLlamaStopTokensCriteria(StoppingCriteria):
         self.sequences = [torch.tensor(sequence) for sequence in sequences]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs: Any) -> torch.BoolTensor:
+        # Copied to the device once, not at every token
+        self.sequences = [sequence.to(input_ids.device) for sequence in self.sequences]
         is_done = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
         for sequence in self.sequences:
             if input_ids.shape[1] >= len(sequence):
-                is_done |= (input_ids[:, -len(sequence) :] == sequence.to(input_ids.device)).all(dim=1)
+                is_done |= (input_ids[:, -len(sequence) :] == sequence).all(dim=1)
         return is_done
 
 

@@ -550,7 +550,7 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
 
         features = {}
         # A decoding step, one token without media, is left to the decoder: its token is one of the vocabulary.
-        if inputs_embeds is None and (encoded or input_ids.shape[1] > 1):
+        if inputs_embeds is None and (encoded or input_ids.shape[1] > 1 or past_key_values is None):
             # Placeholders may lie past the vocabulary; any row of the table will do, as soft tokens take their place.
             is_placeholder = self.is_placeholder(input_ids)
             self._check_media_are_given(is_placeholder, input_ids, encoded, past_key_values)
@@ -673,7 +673,6 @@ class VideoLlamaForConditionalGeneration(VideoLlamaPreTrainedModel, VideoLlamaGe
         """See [`VideoLlamaModel.load_audio_vision_tower`]."""
         self.model.load_audio_vision_tower(path, **kwargs)
 
-    @merge_with_config_defaults
     @can_return_tuple
     def forward(
         self,
