@@ -94,7 +94,9 @@ def _register_classes(_: ModuleType) -> None:
             continue
         if name != "PIPELINE_REGISTRY":
             config_class = importlib.import_module(f"{PACKAGE}.configuration_video_llama").VideoLlamaConfig
-            registry.register(config_class, own_class, exist_ok=True)
+            # Images have one class whatever backend is asked for; the library warns where one of the two is missing
+            backends = (own_class, own_class) if name == "AutoImageProcessor" else (own_class,)
+            registry.register(config_class, *backends, exist_ok=True)
         elif TASK not in registry.supported_tasks:
             models = importlib.import_module(f"{AUTO}.modeling_auto")
             registry.register_pipeline(
