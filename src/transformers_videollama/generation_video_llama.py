@@ -22,12 +22,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 # Per modality, what `forward` calls its inputs, and what the modality's feature getter calls them
 MEDIA_INPUTS = {
-    "image": {"pixel_values": "pixel_values"},
-    "video": {"pixel_values_videos": "pixel_values_videos", "padding_mask_videos": "padding_mask_videos"},
+    "image": {"pixel_values": "pixel_values", "image_frame_features": "frame_features"},
+    "video": {
+        "pixel_values_videos": "pixel_values_videos",
+        "padding_mask_videos": "padding_mask_videos",
+        "video_frame_features": "frame_features",
+    },
     "audio": {
         "input_features": "input_features",
         "audio_pixel_values_videos": "pixel_values_videos",
         "audio_padding_mask_videos": "padding_mask_videos",
+        "audio_clip_features": "clip_features",
     },
 }
 MODALITIES = tuple(MEDIA_INPUTS)

@@ -11,6 +11,7 @@ sound, through `audio_vision_tower`, because ImageBind puts both into one space.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,9 @@ from .modeling_video_llama_towers import (
     VideoLlamaAudioVisionModel,
     VideoLlamaVisionModel,
 )
+
+_ENCODERS = ("vision_tower", "qformer", "audio_tower", "audio_vision_tower")
+_PARTS = ("video_branch", "audio_branch", *_ENCODERS, "language_model")
 
 
 @dataclass
@@ -266,6 +270,7 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
         if config.audio_vision_config is not None:
             self.audio_vision_tower = VideoLlamaAudioVisionModel._from_config(config.audio_vision_config)
         self.language_model = AutoModel.from_config(config.text_config)
+        self._trainable_parts: tuple[str, ...] = ()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -325,89 +330,40 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
             chunks.append((hidden_states, vision_outputs.hidden_states, vision_outputs.attentions))
         return BaseModelOutput(*_concatenate_chunks(chunks))
 
-    @merge_with_config_defaults
-    @can_return_tuple
-    def get_video_features(
-        self,
-        pixel_values_videos: torch.Tensor,
-        padding_mask_videos: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | BaseModelOutputWithPooling:
-        r"""
-        The soft tokens of videos.
-
-        Args:
-            pixel_values_videos (`torch.Tensor` of shape `(num_videos, num_frames, 3, height, width)`): Normalised frames.
-            padding_mask_videos (`torch.Tensor` of shape `(num_videos, num_frames)`, *optional*):
-                1 for frames, 0 for the padding after the last frame of shorter videos, which changes nothing.
-
-        Returns:
-            `BaseModelOutputWithPooling`: `pooler_output` of shape `(num_videos, num_video_query_tokens, hidden_size)` are
-            the soft tokens, `last_hidden_state` the video Q-Former's output before the projection; `hidden_states` and
-            `attentions` are the ViT's, one row a frame, if asked for.
-
-        Raises:
-            ValueError: if there are more frames than positions and `config.interpolate_frame_positions` is off.
-        """
-        _check_frames(pixel_values_videos, padding_mask_videos, self.config.vision_config)
-        num_videos, num_frames = pixel_values_videos.shape[:2]
-        self.video_branch.check_length(num_frames, "frames")
-        frames = self.get_frame_features(pixel_values_videos.flatten(0, 1), **kwargs)
-        memory = frames.last_hidden_state.unflatten(0, (num_videos, num_frames))
-        outputs = self.video_branch(memory, padding_mask_videos)
-        outputs.hidden_states, outputs.attentions = frames.hidden_states, frames.attentions
-        return outputs
-
-    @merge_with_config_defaults
-    @can_return_tuple
-    def get_image_features(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple | BaseModelOutputWithPooling:
-        r"""
-        The soft tokens of images: an image is a video of one frame.
-
-        Args:
-            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`): Normalised images.
-
-        Returns:
-            `BaseModelOutputWithPooling`: as that of [`~VideoLlamaModel.get_video_features`].
-        """
-        if pixel_values.ndim != 4:
-            raise ValueError(
-                "`pixel_values` must be of shape (images, channels, height, width), but is of shape "
-                f"{tuple(pixel_values.shape)}."
-            )
-        kwargs["return_dict"] = True
-        return self.get_video_features(pixel_values.unsqueeze(1), **kwargs)
-
-    @merge_with_config_defaults
-    @can_return_tuple
-    def get_audio_features(
+    def get_clip_features(
         self,
         input_features: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
-        padding_mask_videos: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | BaseModelOutputWithPooling:
+    ) -> BaseModelOutput:
         r"""
-        The soft tokens of sounds, or of frames shown to the audio branch through ImageBind's vision tower.
+        ImageBind's vectors of sounds or of frames, encoded `config.frame_chunk_size` clips or frames at a time.
 
         Args:
             input_features (`torch.Tensor` of shape `(num_sounds, num_clips, num_mel_bins, max_length)`, *optional*):
                 Normalised log-mel clips.
             pixel_values_videos (`torch.Tensor` of shape `(num_videos, num_frames, 3, height, width)`, *optional*):
-                Normalised frames, instead of sound; at most `audio_config.max_source_positions` a video.
-            padding_mask_videos (`torch.Tensor` of shape `(num_videos, num_frames)`, *optional*):
-                1 for frames, 0 for the padding after the last frame of shorter videos.
+                Normalised frames, instead of sound.
 
         Returns:
-            `BaseModelOutputWithPooling`: `pooler_output` of shape `(num_sounds, num_audio_query_tokens, hidden_size)` are
-            the soft tokens, `last_hidden_state` the audio Q-Former's output before the projection; `hidden_states` and
-            `attentions` are ImageBind's, one row a clip or frame, if asked for.
+            `BaseModelOutput`: `last_hidden_state` of shape `(num_sounds, num_clips or num_frames, projection_dim)`;
+            `hidden_states` and `attentions` are ImageBind's, if asked for.
 
         Raises:
-            ValueError: without an audio branch or, for frames, without the vision tower; for both or neither input.
+            ValueError: without an audio branch or, for frames, without the vision tower.
         """
+        tower, inputs, _ = self._choose_audio_tower(input_features, pixel_values_videos)
+        chunks = []
+        for chunk in inputs.flatten(0, 1).split(self.config.frame_chunk_size):
+            outputs = tower(chunk, return_dict=True, **kwargs)
+            chunks.append((outputs.pooler_output, outputs.hidden_states, outputs.attentions))
+        pooled, hidden_states, attentions = _concatenate_chunks(chunks)
+        return BaseModelOutput(pooled.unflatten(0, inputs.shape[:2]), hidden_states, attentions)
+
+    def _choose_audio_tower(
+        self, input_features: torch.Tensor | None, pixel_values_videos: torch.Tensor | None
+    ) -> tuple[Any, torch.Tensor, str]:
+        """The tower of ImageBind that encodes this input, the input, checked, and what a step of it is called."""
         if self.audio_branch is None:
             raise ValueError("This model has no audio branch (`config.audio_config` is None): it cannot hear.")
         if (input_features is None) == (pixel_values_videos is None):
@@ -423,26 +379,147 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
                     f"`input_features` must be of shape (sounds, clips, {clip_shape[0]}, {clip_shape[1]}), but is of shape "
                     f"{tuple(input_features.shape)}."
                 )
-            tower: Any = self.audio_tower
-            inputs, what = input_features, "clips"
-        elif self.audio_vision_tower is None:
+            return self.audio_tower, input_features, "clips"
+        if self.audio_vision_tower is None:
             raise ValueError(
                 "To show frames to the audio branch the model needs ImageBind's vision tower, which is not built, because "
                 "only training uses it. Load it with `model.load_audio_vision_tower()`."
             )
-        else:
-            _check_frames(pixel_values_videos, padding_mask_videos, self.config.audio_vision_config)
-            tower, inputs, what = self.audio_vision_tower, pixel_values_videos, "frames"
-        num_media, length = inputs.shape[:2]
-        self.audio_branch.check_length(length, what)
-        chunks = []
-        for chunk in inputs.flatten(0, 1).split(self.config.frame_chunk_size):
-            outputs = tower(chunk, return_dict=True, **kwargs)
-            chunks.append((outputs.pooler_output, outputs.hidden_states, outputs.attentions))
-        pooled, hidden_states, attentions = _concatenate_chunks(chunks)
-        outputs = self.audio_branch(pooled.view(num_media, length, 1, -1), padding_mask_videos)
-        outputs.hidden_states, outputs.attentions = hidden_states, attentions
+        _check_frames(pixel_values_videos, None, self.config.audio_vision_config)
+        return self.audio_vision_tower, pixel_values_videos, "frames"
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def get_video_features(
+        self,
+        pixel_values_videos: torch.Tensor | None = None,
+        padding_mask_videos: torch.Tensor | None = None,
+        frame_features: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        The soft tokens of videos.
+
+        Args:
+            pixel_values_videos (`torch.Tensor` of shape `(num_videos, num_frames, 3, height, width)`, *optional*):
+                Normalised frames.
+            padding_mask_videos (`torch.Tensor` of shape `(num_videos, num_frames)`, *optional*):
+                1 for frames, 0 for the padding after the last frame of shorter videos, which changes nothing.
+            frame_features (`torch.Tensor` of shape `(num_videos, num_frames, num_query_tokens, qformer_hidden_size)`, *optional*):
+                What [`~VideoLlamaModel.get_frame_features`] gave for the frames, instead of the frames.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `pooler_output` of shape `(num_videos, num_video_query_tokens, hidden_size)` are
+            the soft tokens, `last_hidden_state` the video Q-Former's output before the projection; `hidden_states` and
+            `attentions` are the ViT's, one row a frame, if asked for.
+
+        Raises:
+            ValueError: if there are more frames than positions and `config.interpolate_frame_positions` is off; for both
+                frames and their features, or neither.
+        """
+        if (pixel_values_videos is None) == (frame_features is None):
+            raise ValueError("Give the video branch either `pixel_values_videos` or `frame_features`.")
+        if frame_features is not None:
+            _check_features(
+                "frame_features",
+                "(videos, frames, query tokens, width)",
+                frame_features,
+                (self.config.num_query_tokens, self.config.qformer_config.hidden_size),
+                padding_mask_videos,
+            )
+            self.video_branch.check_length(frame_features.shape[1], "frames")
+            return self.video_branch(frame_features.to(self.video_branch.query_tokens.dtype), padding_mask_videos)
+        _check_frames(pixel_values_videos, padding_mask_videos, self.config.vision_config)
+        num_videos, num_frames = pixel_values_videos.shape[:2]
+        self.video_branch.check_length(num_frames, "frames")
+        frames = self.get_frame_features(pixel_values_videos.flatten(0, 1), **kwargs)
+        memory = frames.last_hidden_state.unflatten(0, (num_videos, num_frames))
+        outputs = self.video_branch(memory, padding_mask_videos)
+        outputs.hidden_states, outputs.attentions = frames.hidden_states, frames.attentions
         return outputs
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        frame_features: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        The soft tokens of images: an image is a video of one frame.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(num_images, 3, height, width)`, *optional*): Normalised images.
+            frame_features (`torch.Tensor` of shape `(num_images, num_query_tokens, qformer_hidden_size)`, *optional*):
+                What [`~VideoLlamaModel.get_frame_features`] gave for the images, instead of the images.
+
+        Returns:
+            `BaseModelOutputWithPooling`: as that of [`~VideoLlamaModel.get_video_features`].
+        """
+        if (pixel_values is None) == (frame_features is None):
+            raise ValueError("Give the video branch either `pixel_values` or `frame_features`.")
+        if frame_features is not None:
+            kwargs["return_dict"] = True
+            return self.get_video_features(frame_features=frame_features.unsqueeze(1), **kwargs)
+        if pixel_values.ndim != 4:
+            raise ValueError(
+                "`pixel_values` must be of shape (images, channels, height, width), but is of shape "
+                f"{tuple(pixel_values.shape)}."
+            )
+        kwargs["return_dict"] = True
+        return self.get_video_features(pixel_values.unsqueeze(1), **kwargs)
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def get_audio_features(
+        self,
+        input_features: torch.Tensor | None = None,
+        pixel_values_videos: torch.Tensor | None = None,
+        padding_mask_videos: torch.Tensor | None = None,
+        clip_features: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        The soft tokens of sounds, or of frames shown to the audio branch through ImageBind's vision tower.
+
+        Args:
+            input_features (`torch.Tensor` of shape `(num_sounds, num_clips, num_mel_bins, max_length)`, *optional*):
+                Normalised log-mel clips.
+            pixel_values_videos (`torch.Tensor` of shape `(num_videos, num_frames, 3, height, width)`, *optional*):
+                Normalised frames, instead of sound; at most `audio_config.max_source_positions` a video.
+            padding_mask_videos (`torch.Tensor` of shape `(num_videos, num_frames)`, *optional*):
+                1 for frames, 0 for the padding after the last frame of shorter videos.
+            clip_features (`torch.Tensor` of shape `(num_sounds, num_clips or num_frames, projection_dim)`, *optional*):
+                What [`~VideoLlamaModel.get_clip_features`] gave for the clips or frames, instead of them.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `pooler_output` of shape `(num_sounds, num_audio_query_tokens, hidden_size)` are
+            the soft tokens, `last_hidden_state` the audio Q-Former's output before the projection; `hidden_states` and
+            `attentions` are ImageBind's, one row a clip or frame, if asked for.
+
+        Raises:
+            ValueError: without an audio branch or, for frames, without the vision tower; unless given just one of the inputs.
+        """
+        branch: Any = self.audio_branch
+        if clip_features is None:
+            _, inputs, what = self._choose_audio_tower(input_features, pixel_values_videos)
+            if pixel_values_videos is not None:
+                _check_frames(pixel_values_videos, padding_mask_videos, self.config.audio_vision_config)
+            branch.check_length(inputs.shape[1], what)
+            clips = self.get_clip_features(input_features, pixel_values_videos, **kwargs)
+            outputs = branch(clips.last_hidden_state.unsqueeze(2), padding_mask_videos)
+            outputs.hidden_states, outputs.attentions = clips.hidden_states, clips.attentions
+            return outputs
+        if branch is None or input_features is not None or pixel_values_videos is not None:
+            raise ValueError(
+                "`clip_features` stand for sounds or frames: give them alone, to a model with an audio branch."
+            )
+        width = self.config.audio_config.projection_dim
+        _check_features("clip_features", "(sounds, clips, width)", clip_features, (width,), padding_mask_videos)
+        branch.check_length(clip_features.shape[1], "clips")
+        memory = clip_features.unsqueeze(2).to(branch.query_tokens.dtype)
+        return branch(memory, padding_mask_videos)
 
     def get_placeholder_mask(
         self,
@@ -500,6 +577,9 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
         audio_pixel_values_videos: torch.Tensor | None = None,
         padding_mask_videos: torch.Tensor | None = None,
         audio_padding_mask_videos: torch.Tensor | None = None,
+        image_frame_features: torch.Tensor | None = None,
+        video_frame_features: torch.Tensor | None = None,
+        audio_clip_features: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
@@ -525,28 +605,36 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
                 1 for frames of `pixel_values_videos`, 0 for the padding of shorter videos.
             audio_padding_mask_videos (`torch.Tensor` of shape `(num_videos, num_frames)`, *optional*):
                 The same for `audio_pixel_values_videos`.
+            image_frame_features (`torch.Tensor` of shape `(num_images, num_query_tokens, qformer_hidden_size)`, *optional*):
+                What [`~VideoLlamaModel.get_frame_features`] gave for the images, in place of `pixel_values`.
+            video_frame_features (`torch.Tensor` of shape `(num_videos, num_frames, num_query_tokens, qformer_hidden_size)`, *optional*):
+                The same for the frames of videos, in place of `pixel_values_videos`.
+            audio_clip_features (`torch.Tensor` of shape `(num_sounds, num_clips or num_frames, projection_dim)`, *optional*):
+                What [`~VideoLlamaModel.get_clip_features`] gave, in place of `input_features` or
+                `audio_pixel_values_videos`.
             mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
                 Outputs of the feature getters under `"image"`, `"video"` and `"audio"`, in place of the media themselves.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
         media = {
-            "image": pixel_values,
-            "video": pixel_values_videos,
-            "audio": input_features if input_features is not None else audio_pixel_values_videos,
+            "image": {"pixel_values": pixel_values, "frame_features": image_frame_features},
+            "video": {"pixel_values_videos": pixel_values_videos, "frame_features": video_frame_features},
+            "audio": {
+                "input_features": input_features,
+                "pixel_values_videos": audio_pixel_values_videos,
+                "clip_features": audio_clip_features,
+            },
         }
+        padding_masks = {"video": padding_mask_videos, "audio": audio_padding_mask_videos}
         encoded = dict(mm_encoder_outputs or {})
-        for modality, medium in media.items():
-            if medium is not None and encoded.get(modality) is not None:
+        for modality, given in media.items():
+            if all(medium is None for medium in given.values()):
+                continue
+            if encoded.get(modality) is not None:
                 raise ValueError(f"Give the {modality} input either itself or in `mm_encoder_outputs`, not both.")
-        if pixel_values is not None:
-            encoded["image"] = self.get_image_features(pixel_values, return_dict=True)
-        if pixel_values_videos is not None:
-            encoded["video"] = self.get_video_features(pixel_values_videos, padding_mask_videos, return_dict=True)
-        if media["audio"] is not None:
-            encoded["audio"] = self.get_audio_features(
-                input_features, audio_pixel_values_videos, audio_padding_mask_videos, return_dict=True
-            )
+            mask = {"padding_mask_videos": padding_masks[modality]} if modality in padding_masks else {}
+            encoded[modality] = getattr(self, f"get_{modality}_features")(**given, **mask, return_dict=True)
 
         features = {}
         # A decoding step, one token without media, is left to the decoder: its token is one of the vocabulary.
@@ -621,12 +709,54 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
                 count = int((input_ids == getattr(self.config, f"{modality}_token_id")).sum())
                 check_soft_token_count(modality, count, 0)
 
+    def set_trainable(self, parts: str | Sequence[str]) -> list[str]:
+        """
+        Chooses what is trained: its parameters require gradients, all others do not and their modules stay in eval mode.
+
+        Args:
+            parts (`str` or `Sequence[str]`):
+                `"video"` or `"audio"` for what the published training of that branch trains (paper, section 2.2), or a
+                list of the model's parts: `"video_branch"`, `"audio_branch"`, `"vision_tower"`, `"qformer"` (with
+                `query_tokens`), `"audio_tower"`, `"audio_vision_tower"`, `"language_model"` (with the head).
+
+        Returns:
+            `list[str]`: the names of the parameters that are trained.
+
+        Raises:
+            ValueError: if this model has no such part.
+        """
+        names = (
+            {"video": ["video_branch"], "audio": ["audio_branch"]}.get(parts, [parts])
+            if isinstance(parts, str)
+            else parts
+        )
+        for name in names:
+            if name not in _PARTS or getattr(self, name) is None:
+                present = [part for part in _PARTS if getattr(self, part) is not None]
+                raise ValueError(f"This model has no part {name!r} to train: choose from {', '.join(present)}.")
+        self._trainable_parts = tuple(names)
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        for name in names:
+            for parameter in getattr(self, name).parameters():
+                parameter.requires_grad_(True)
+        self.query_tokens.requires_grad_("qformer" in names)
+        self.train(self.training)
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
+
     def train(self, mode: bool = True) -> "VideoLlamaModel":
-        """Sets the mode, but the encoders, which are never trained, stay in eval mode (paper, section 2.2)."""
+        """
+        Sets the mode, but parts without trainable parameters stay in eval mode, and so do the encoders, unless
+        [`~VideoLlamaModel.set_trainable`] named them (paper, section 2.2).
+        """
         super().train(mode)
-        for encoder in (self.vision_tower, self.qformer, self.audio_tower, self.audio_vision_tower):
-            if encoder is not None:
-                encoder.eval()
+        for name in _PARTS:
+            part = getattr(self, name)
+            if part is None:
+                continue
+            trains = any(parameter.requires_grad for parameter in part.parameters())
+            if not trains or (name in _ENCODERS and name not in self._trainable_parts):
+                part.eval()
         return self
 
 
@@ -645,29 +775,42 @@ class VideoLlamaForConditionalGeneration(VideoLlamaPreTrainedModel, VideoLlamaGe
         self.post_init()
 
     def get_image_features(
-        self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values: torch.Tensor | None = None,
+        frame_features: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """See [`VideoLlamaModel.get_image_features`]."""
-        return self.model.get_image_features(pixel_values, **kwargs)
+        return self.model.get_image_features(pixel_values, frame_features, **kwargs)
 
     def get_video_features(
         self,
-        pixel_values_videos: torch.Tensor,
+        pixel_values_videos: torch.Tensor | None = None,
         padding_mask_videos: torch.Tensor | None = None,
+        frame_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """See [`VideoLlamaModel.get_video_features`]."""
-        return self.model.get_video_features(pixel_values_videos, padding_mask_videos, **kwargs)
+        return self.model.get_video_features(pixel_values_videos, padding_mask_videos, frame_features, **kwargs)
 
     def get_audio_features(
         self,
         input_features: torch.Tensor | None = None,
         pixel_values_videos: torch.Tensor | None = None,
         padding_mask_videos: torch.Tensor | None = None,
+        clip_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """See [`VideoLlamaModel.get_audio_features`]."""
-        return self.model.get_audio_features(input_features, pixel_values_videos, padding_mask_videos, **kwargs)
+        return self.model.get_audio_features(
+            input_features, pixel_values_videos, padding_mask_videos, clip_features, **kwargs
+        )
+
+    def set_trainable(self, parts: str | Sequence[str]) -> list[str]:
+        """See [`VideoLlamaModel.set_trainable`]."""
+        self.model.set_trainable(parts)
+        self.lm_head.requires_grad_("language_model" in self.model._trainable_parts)
+        return [name for name, parameter in self.named_parameters() if parameter.requires_grad]
 
     def load_audio_vision_tower(self, path: str | None = None, **kwargs: Any) -> None:
         """See [`VideoLlamaModel.load_audio_vision_tower`]."""
@@ -683,6 +826,9 @@ class VideoLlamaForConditionalGeneration(VideoLlamaPreTrainedModel, VideoLlamaGe
         audio_pixel_values_videos: torch.Tensor | None = None,
         padding_mask_videos: torch.Tensor | None = None,
         audio_padding_mask_videos: torch.Tensor | None = None,
+        image_frame_features: torch.Tensor | None = None,
+        video_frame_features: torch.Tensor | None = None,
+        audio_clip_features: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
@@ -690,6 +836,7 @@ class VideoLlamaForConditionalGeneration(VideoLlamaPreTrainedModel, VideoLlamaGe
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | VideoLlamaCausalLMOutputWithPast:
@@ -701,6 +848,9 @@ class VideoLlamaForConditionalGeneration(VideoLlamaPreTrainedModel, VideoLlamaGe
                 The tokens to be predicted, `-100` where there is no loss. Placeholders never count.
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Compute logits for this many last positions only, or for these positions; 0 means for all.
+            skip_logits (`bool`, *optional*, defaults to `False`):
+                With labels, return the loss without logits, and compute no more of them than the loss needs: those that
+                predict a label, a small part of a prompt of soft tokens and questions. For training.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -710,6 +860,9 @@ class VideoLlamaForConditionalGeneration(VideoLlamaPreTrainedModel, VideoLlamaGe
             audio_pixel_values_videos=audio_pixel_values_videos,
             padding_mask_videos=padding_mask_videos,
             audio_padding_mask_videos=audio_padding_mask_videos,
+            image_frame_features=image_frame_features,
+            video_frame_features=video_frame_features,
+            audio_clip_features=audio_clip_features,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -719,14 +872,26 @@ class VideoLlamaForConditionalGeneration(VideoLlamaPreTrainedModel, VideoLlamaGe
             return_dict=True,
             **kwargs,
         )
-        slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, slice_indices, :])
-        loss = None
         if labels is not None:
             labels = labels.masked_fill(self.model.is_placeholder(labels), -100)
+        loss, logits = None, None
+        if labels is not None and skip_logits:
+            targets = labels[:, 1:]
+            is_target = targets != -100
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+                logits=self.lm_head(outputs.last_hidden_state[:, :-1][is_target]),
+                labels=None,
+                shift_labels=targets[is_target],
+                vocab_size=self.config.text_config.vocab_size,
+                **kwargs,
             )
+        else:
+            slice_indices = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(outputs.last_hidden_state[:, slice_indices, :])
+            if labels is not None:
+                loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+                )
         return VideoLlamaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -754,6 +919,22 @@ def _check_frames(
     if padding_mask_videos is not None and tuple(padding_mask_videos.shape) != shape[:2]:
         raise ValueError(
             f"The frames' padding mask must be of shape {shape[:2]}, but is of shape {tuple(padding_mask_videos.shape)}."
+        )
+
+
+def _check_features(
+    name: str, axes: str, features: torch.Tensor, inner_shape: tuple[int, ...], padding_mask: torch.Tensor | None
+) -> None:
+    """Refuses features of frames or clips that do not have the shape (media, steps, *inner_shape), and masks that do not fit."""
+    shape = tuple(features.shape)
+    if len(shape) != 2 + len(inner_shape) or shape[2:] != inner_shape or not shape[1]:
+        raise ValueError(
+            f"`{name}` must be of shape {axes} with the last sizes {inner_shape}, but is of shape {shape}: were they made "
+            "by another model?"
+        )
+    if padding_mask is not None and tuple(padding_mask.shape) != shape[:2]:
+        raise ValueError(
+            f"The padding mask must be of shape {shape[:2]}, but is of shape {tuple(padding_mask.shape)}."
         )
 
 
