@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_model import VOCAB_SIZE, batch, prompt, sounds, tiny_model, videos
-from transformers import AutoModel, BitsAndBytesConfig, LlamaConfig
+from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from transformers_videollama.modeling_video_llama import VideoLlamaForConditionalGeneration, VideoLlamaModel
 
@@ -203,3 +203,31 @@ def test_a_head_tied_to_the_embeddings_stays_tied(tmp_path):
     loaded = VideoLlamaForConditionalGeneration.from_pretrained(tmp_path)
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
     assert torch.equal(loaded(**inputs()).logits, model(**inputs()).logits)
+
+
+def test_a_checkpoint_without_its_decoder(tmp_path):
+    model = tiny_model()
+    model.generation_config.max_new_tokens = 5
+    decoder = LlamaForCausalLM(model.config.text_config)
+    decoder.model.load_state_dict(model.model.language_model.state_dict())
+    decoder.lm_head.load_state_dict(model.lm_head.state_dict())
+    decoder.save_pretrained(tmp_path / "decoder", max_shard_size="20KB")  # several files
+    own = {
+        name: tensor for name, tensor in model.state_dict().items() if not name.startswith(("model.language", "lm_"))
+    }
+    model.config.text_model = str(tmp_path / "decoder")
+    model.save_pretrained(tmp_path / "model", state_dict=own)
+
+    for loaded in (
+        VideoLlamaForConditionalGeneration.from_pretrained(tmp_path / "model"),
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "model", text_model=str(tmp_path / "decoder")),
+    ):
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, loaded.state_dict()[name]), name
+        assert loaded.generation_config.max_new_tokens == 5
+        assert loaded.name_or_path == str(tmp_path / "model")
+    assert torch.equal(
+        VideoLlamaModel.from_pretrained(tmp_path / "model").language_model.norm.weight, decoder.model.norm.weight
+    )
+    half = VideoLlamaForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}

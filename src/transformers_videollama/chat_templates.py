@@ -153,9 +153,65 @@ _PLAIN = """
 {%- endfor -%}
 """.strip()
 
-CHAT_TEMPLATES: dict[str, str] = {"vicuna": _WORDS + _VICUNA, "llama_2": _WORDS + _LLAMA_2, "plain": _PLAIN}
-"""Chat template of each decoder family: Vicuna and its kin (`###Human: … ###Assistant: …###`), LLaMA-2-Chat
-(`[INST] … [/INST] … </s>`), and base decoders (soft tokens, text, end of line)."""
+# SmolLM2-Instruct's own template, word for word where a chat has no media. Media stand in the user's turn, sound before
+# sight, without words around them; a chat with media needs no system prompt.
+_SMOLLM2 = """
+{%- set placeholders = {'image': image_token or '<image>', 'video': video_token or '<video>', 'audio': audio_token or '<audio>'} -%}
+{%- set chat = namespace(media=false) -%}
+{%- for message in messages -%}
+  {%- if message['content'] is not string -%}
+    {%- for entry in message['content'] or [] -%}
+      {%- if entry['type'] in placeholders -%}
+        {%- set chat.media = true -%}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- if messages and messages[0]['role'] != 'system' and not chat.media -%}
+  {{- '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' -}}
+{%- endif -%}
+{%- for message in messages -%}
+  {%- set ns = namespace(text='', sounds='', sights='') -%}
+  {%- if message['content'] is string -%}
+    {%- set ns.text = message['content'] -%}
+  {%- else -%}
+    {%- for entry in message['content'] or [] -%}
+      {%- if entry['type'] == 'text' -%}
+        {%- set ns.text = ns.text ~ (' ' if ns.text else '') ~ entry['text'] -%}
+      {%- elif entry['type'] == 'audio' -%}
+        {%- set ns.sounds = ns.sounds ~ placeholders['audio'] -%}
+      {%- elif entry['type'] in placeholders -%}
+        {%- set ns.sounds = ns.sounds ~ (placeholders['audio'] if entry['has_audio'] else '') -%}
+        {%- set ns.sights = ns.sights ~ placeholders[entry['type']] -%}
+      {%- else -%}
+        {{- raise_exception('a content entry has type "' ~ entry['type'] ~ '"; expected text, image, video or audio') -}}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {{- '<|im_start|>' ~ message['role'] ~ '\n' -}}
+  {%- if message['role'] == 'assistant' -%}
+    {%- generation -%}
+      {{- ns.text ~ '<|im_end|>' -}}
+    {%- endgeneration -%}
+  {%- else -%}
+    {{- ns.sounds ~ ns.sights ~ ns.text ~ '<|im_end|>' -}}
+  {%- endif -%}
+  {{- '\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- '<|im_start|>assistant\n' -}}
+{%- endif -%}
+""".strip()
 
-STOP_STRINGS: dict[str, str | None] = {"vicuna": "###", "llama_2": None, "plain": "\n"}
+CHAT_TEMPLATES: dict[str, str] = {
+    "vicuna": _WORDS + _VICUNA,
+    "llama_2": _WORDS + _LLAMA_2,
+    "smollm2": _SMOLLM2,
+    "plain": _PLAIN,
+}
+"""Chat template of each decoder family: Vicuna and its kin (`###Human: … ###Assistant: …###`), LLaMA-2-Chat
+(`[INST] … [/INST] … </s>`), SmolLM2-Instruct (`<|im_start|>user … <|im_end|>`), and base decoders (soft tokens, text,
+end of line). The first two are the published ones."""
+
+STOP_STRINGS: dict[str, str | None] = {"vicuna": "###", "llama_2": None, "smollm2": None, "plain": "\n"}
 """What ends an answer of each family beside the tokenizer's end-of-sequence token; None: that token alone."""

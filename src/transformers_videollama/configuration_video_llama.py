@@ -255,6 +255,8 @@ class VideoLlamaConfig(PreTrainedConfig):
             may lie past the decoder's vocabulary: they are never embedded.
         tie_word_embeddings (`bool`, *optional*): Whether the head shares the decoder's input embeddings. Follows
             `text_config` if not given.
+        text_model (`str`, *optional*):
+            Folder or Hub id of the decoder, for a checkpoint that leaves its weights out; `from_pretrained` puts them in.
         initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of the initial weights.
 
     Raises:
@@ -300,6 +302,7 @@ class VideoLlamaConfig(PreTrainedConfig):
     video_token_id: int = 32001
     audio_token_id: int = 32002
     tie_word_embeddings: bool | None = None
+    text_model: str | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -11,13 +11,15 @@ sound, through `audio_vision_tower`, because ImageBind puts both into one space.
 """
 
 import copy
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
@@ -28,8 +30,16 @@ from transformers.models.blip_2.modeling_blip_2 import (
 )
 from transformers.processing_utils import Unpack
 from transformers.quantizers.auto import AutoQuantizationConfig
-from transformers.utils import TransformersKwargs, can_return_tuple, torch_compilable_check
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    TransformersKwargs,
+    cached_file,
+    can_return_tuple,
+    torch_compilable_check,
+)
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.hub import get_checkpoint_shard_files
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -48,6 +58,8 @@ from .modeling_video_llama_towers import (
     VideoLlamaVisionModel,
 )
 
+# Arguments of `from_pretrained` that say where and how to fetch a file
+_HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 _ENCODERS = ("vision_tower", "qformer", "audio_tower", "audio_vision_tower")
 _PARTS = ("video_branch", "audio_branch", *_ENCODERS, "language_model")
 
@@ -221,15 +233,53 @@ class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, *args: Any, quantization_config: QuantizationConfigMixin | dict | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike | None = None,
+        *args: Any,
+        quantization_config: QuantizationConfigMixin | dict | None = None,
+        text_model: str | os.PathLike | None = None,
+        **kwargs: Any,
     ) -> "VideoLlamaPreTrainedModel":
         """
         See [`PreTrainedModel.from_pretrained`]. A `quantization_config` that names no modules to skip quantises the decoder
         alone: the encoders, the branches and the head are kept as they are.
+
+        Args:
+            text_model (`str` or `os.PathLike`, *optional*):
+                For a checkpoint that leaves the decoder out, the folder or Hub id where the decoder is; by default the one
+                that its configuration names as `text_model`.
         """
         if quantization_config is not None:
             quantization_config = _skip_media_parts(quantization_config)
-        return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
+        kwargs["quantization_config"] = quantization_config
+        config = kwargs.get("config")
+        if config is None and pretrained_model_name_or_path is not None:
+            hub_options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+            config = VideoLlamaConfig.from_pretrained(pretrained_model_name_or_path, **hub_options)
+        text_model = text_model or getattr(config, "text_model", None)
+        if text_model is None or pretrained_model_name_or_path is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return cls._from_pretrained_with_decoder(pretrained_model_name_or_path, config, text_model, **kwargs)
+
+    @classmethod
+    def _from_pretrained_with_decoder(
+        cls, name: str | os.PathLike, config: VideoLlamaConfig, text_model: str | os.PathLike, **kwargs: Any
+    ) -> "VideoLlamaPreTrainedModel":
+        """Loads a checkpoint without decoder and the decoder; the options of the Hub are those of the former."""
+        hub_options = {option: kwargs.pop(option) for option in _HUB_OPTIONS if option in kwargs}
+        weights = load_file(cached_file(name, SAFE_WEIGHTS_NAME, **hub_options))
+        decoder_options = {key: value for key, value in hub_options.items() if key not in ("revision", "subfolder")}
+        for path in _safetensors_files(text_model, **decoder_options):
+            for key, tensor in load_file(path).items():
+                weights[key.replace("model.", "model.language_model.", 1) if key.startswith("model.") else key] = (
+                    tensor
+                )
+        kwargs["config"] = config
+        model = super().from_pretrained(None, state_dict=weights, **kwargs)
+        model.name_or_path = model.config._name_or_path = os.fspath(name)
+        if model.can_generate():
+            model.generation_config = GenerationConfig.from_pretrained(name, **hub_options)
+        return model
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -936,6 +986,14 @@ def _check_features(
         raise ValueError(
             f"The padding mask must be of shape {shape[:2]}, but is of shape {tuple(padding_mask.shape)}."
         )
+
+
+def _safetensors_files(name: str | os.PathLike, **hub_options: Any) -> list[str]:
+    """The weight files of a checkpoint, in one or several shards."""
+    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False, **hub_options)
+    if index is None:
+        return [cached_file(name, SAFE_WEIGHTS_NAME, **hub_options)]
+    return get_checkpoint_shard_files(name, index, **hub_options)[0]
 
 
 def _skip_media_parts(config: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:
