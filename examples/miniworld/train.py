@@ -1,0 +1,107 @@
+"""Trains the small model from nothing but the decoder, station by station, as the paper trained the large one.
+
+    python examples/miniworld/train.py
+
+0. renders clips, trains the frozen encoders on them (`encoders.py`), and writes their features to a cache;
+1. video branch, stage 1: captions;
+2. video branch, stage 2: conversations;
+3. audio branch, stages 1 and 2: on frames alone, in place of sounds.
+
+Stages 1 to 3 are runs of `examples/training/train.py` with the YAML files of the folder `stages`. Interrupted at any time,
+the same command goes on where it stopped. At the end everything but the decoder is written to `model/`, where
+`from_pretrained` finds it.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from decoder import find_decoder
+from encoders import frame_scores, hearing_score, read_clips, train_frame_encoder, train_imagebind
+from make_data import make_data
+from model_file import export_model
+from small_model import make_model, make_processor
+
+HERE = Path(__file__).resolve().parent
+TRAINING = HERE.parent / "training"
+STAGES = ("video_stage1", "video_stage2", "audio_stage1", "audio_stage2")
+VALIDATION_CLIPS = 200  # the last ones, on which the encoders are not trained
+
+
+def train_encoders(folder: Path, data: Path, options: argparse.Namespace) -> None:
+    """Station 0: writes a model folder whose encoders are trained and whose branches are random."""
+    decoder = find_decoder(options.cache, with_tokenizer=True)
+    processor = make_processor(decoder)
+    model = make_model(decoder, options.seed)
+    work = folder.with_name("encoders")
+    clips = read_clips(data, processor, work, options.seed, options.processes)
+    training = {name: array[:-VALIDATION_CLIPS] for name, array in clips.items()}
+    validation = slice(-VALIDATION_CLIPS, None)
+    arguments = (model, processor, training, work)
+    heads = train_frame_encoder(*arguments, options.frame_steps, options.batch_size, options.seed)
+    print("frames, on clips not trained on:", frame_scores(model, heads, processor, clips, validation))
+    train_imagebind(*arguments, options.sound_steps, options.batch_size, options.seed)
+    print("sounds whose nearest frames are right:", hearing_score(model, processor, clips, validation))
+    # What is shipped, so that the branches are trained on what they will be used with
+    model.to(torch.bfloat16)
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    processor.save_pretrained(temporary)
+    temporary.rename(folder)
+
+
+def run(script: str, *arguments: object) -> None:
+    """Runs a script of `examples/training` in a process of its own; its output is shown."""
+    command = [sys.executable, str(TRAINING / script), *map(str, arguments)]
+    print("+", " ".join(command), flush=True)
+    subprocess.run(command, check=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--work", type=Path, default=Path(".cache/miniworld"), help="where everything is kept meanwhile"
+    )
+    parser.add_argument("--output", type=Path, default=HERE / "model", help="where the trained model is written")
+    parser.add_argument("--clips", type=int, default=6000, help="clips to train on")
+    parser.add_argument("--frame-steps", type=int, default=2000, help="steps of the frame encoder's training")
+    parser.add_argument("--sound-steps", type=int, default=500, help="steps of ImageBind's training")
+    parser.add_argument("--batch-size", type=int, default=64, help="of the encoders' training")
+    parser.add_argument("--processes", type=int, default=2, help="processes that render and read clips")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    options.cache = options.work
+    torch.set_num_threads(options.processes)
+
+    data, base, features = options.work / "data", options.work / "base", options.work / "features"
+    if not (data / "train-audio-conversations.jsonl").exists():
+        make_data(data, "train", options.clips, options.seed, options.processes)
+    if not base.exists():
+        train_encoders(base, data, options)
+    cached = ("--feature_cache", features, "--model", base)
+    run("cache_features.py", *cached, "--media", data / "clips", "--kinds", "frames", "clips", "--bf16", "true",
+        "--dataloader_num_workers", options.processes)  # fmt: skip
+
+    previous = None
+    model = base
+    for stage in STAGES:
+        output = options.work / stage
+        if stage == "audio_stage1":  # the audio branch is trained beside the finished video branch
+            model, previous = output.with_name("video_stage2") / "merged", None
+        if not (output / "merged").exists():
+            datasets = (HERE / "stages" / f"{stage}.yaml").read_text(encoding="utf-8")
+            config = options.work / f"{stage}.yaml"
+            config.write_text(datasets.replace("<data>", str(data)), encoding="utf-8")
+            start = ("--trained_part", previous) if previous else ()
+            run("train.py", config, "--model", model, *start, "--feature_cache", features, "--output_dir", output,
+                "--merge", "true", "--resume_from_checkpoint", "last")  # fmt: skip
+        previous = output
+    export_model(options.work / STAGES[-1] / "merged", options.output)
+
+
+if __name__ == "__main__":
+    main()

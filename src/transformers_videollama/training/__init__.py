@@ -1,0 +1,1 @@
+"""Training of Video-LLaMA on `transformers.Trainer`: data, optimisation, checkpoints and the command line."""

@@ -1,0 +1,245 @@
+"""What a training run can be told, as dataclasses for `HfArgumentParser`: the model, the data and the training itself.
+
+`parse_arguments` reads them from a YAML file and the command line, of which the latter wins.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+BRANCHES = ("video", "audio")
+TEXT_FORMATS = ("caption", "chat")
+SAMPLINGS = ("headtail", "uniform")
+DATASET_KEYS = ("format", "annotations", "media_root", "weight")
+
+
+@dataclass
+class ModelArguments:
+    """Which model is trained, from where, and what of it."""
+
+    model: str = field(
+        default="",
+        metadata={"help": "Folder or Hub id of the model with the frozen parts, as `from_pretrained` takes it."},
+    )
+    branch: str = field(
+        default="video",
+        metadata={"help": "The branch that is trained; everything else is frozen.", "choices": list(BRANCHES)},
+    )
+    trained_part: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of a trained part to start from: for stage 2, the output of stage 1. By default the "
+            "model's own weights."
+        },
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Number format of the frozen parts, such as `bfloat16`. By default that of the computation: `bfloat16` "
+            "with `--bf16`, `float16` with `--fp16`, otherwise `float32`. What is trained is kept in float32."
+        },
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention implementation, such as `sdpa` or `flash_attention_2`."}
+    )
+    lora_r: int = field(
+        default=0, metadata={"help": "Rank of a LoRA adapter on the decoder, trained beside the branch; 0 for none."}
+    )
+    lora_alpha: int = field(default=16, metadata={"help": "The adapter's scale is `lora_alpha / lora_r`."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input, between 0 and 1."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "v_proj"],
+        metadata={"help": "Last names of the decoder's linear layers that get an adapter."},
+    )
+    merge: bool = field(
+        default=False,
+        metadata={"help": "After training, also write the whole model, adapter merged, to `<output_dir>/merged`."},
+    )
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError(
+                "Give the model to train as `--model <folder or Hub id>` or as `model:` in the YAML file."
+            )
+        _check_choice("branch", self.branch, BRANCHES)
+
+
+@dataclass
+class DataArguments:
+    """What the model is trained on, and how a sample is made of it."""
+
+    datasets: list[dict[str, Any]] | str | None = field(
+        default=None,
+        metadata={
+            "help": "The data sets, a list in YAML or JSON of entries with `format`, `annotations`, `media_root` "
+            "(optional) and `weight` (share of the samples, for all data sets or for none: without, each sample is "
+            "drawn once an epoch)."
+        },
+    )
+    text_format: str = field(
+        default="caption",
+        metadata={"help": "`caption` for stage 1, `chat` for stage 2.", "choices": list(TEXT_FORMATS)},
+    )
+    sampling: str = field(
+        default="uniform",
+        metadata={
+            "help": "Which frames of a video are shown: `headtail` draws half from either half of it (published stage 1), "
+            "`uniform` takes them at equal distances (stage 2).",
+            "choices": list(SAMPLINGS),
+        },
+    )
+    num_frames: int = field(default=8, metadata={"help": "Frames of a video."})
+    random_resized_crop: bool = field(
+        default=True, metadata={"help": "Crop each clip at random, as published. Has no effect with `feature_cache`."}
+    )
+    max_length: int | None = field(
+        default=None,
+        metadata={"help": "Most tokens of a text. By default as published: 32 for captions, 512 for conversations."},
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read annotations as they are needed instead of loading them. Needs `--max_steps`."},
+    )
+    feature_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder written by `cache_features.py`: its features are read in place of the media."},
+    )
+    max_bad_fraction: float = field(
+        default=0.1,
+        metadata={"help": "Share of unreadable samples past which the run stops; up to it they are replaced."},
+    )
+    bad_samples_log: str | None = field(
+        default=None,
+        metadata={"help": "File that names unreadable samples. By default `<output_dir>/bad_samples.jsonl`."},
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.datasets, str):
+            try:
+                self.datasets = json.loads(self.datasets)
+            except ValueError as error:
+                raise ValueError(f"`--datasets` must be a JSON list, but is {self.datasets!r} ({error}).") from error
+        self.datasets = check_datasets(self.datasets)
+        _check_choice("text_format", self.text_format, TEXT_FORMATS)
+        _check_choice("sampling", self.sampling, SAMPLINGS)
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"`max_bad_fraction` must lie between 0 and 1, but is {self.max_bad_fraction}.")
+        if self.max_length is None:
+            self.max_length = 32 if self.text_format == "caption" else 512
+
+
+@dataclass
+class VideoLlamaTrainingArguments(TrainingArguments):
+    """
+    The library's [`TrainingArguments`] with the published optimiser as defaults, and the two learning rates that the
+    library has no name for. `lr_scheduler_type="cosine"`, the default, is the published schedule
+    ([`~training.optimization.published_learning_rate`]); any other is the library's.
+    """
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "The peak learning rate."})
+    min_learning_rate: float = field(default=8e-5, metadata={"help": "What the published cosine ends at."})
+    warmup_start_learning_rate: float = field(
+        default=1e-6, metadata={"help": "What the published warm-up starts at, over `warmup_steps` steps."}
+    )
+    lr_scheduler_type: str = field(
+        default="cosine", metadata={"help": "`cosine` is the published schedule; others are the library's."}
+    )
+    weight_decay: float = field(default=0.05, metadata={"help": "Weight decay of tensors of two or more dimensions."})
+    max_grad_norm: float = field(
+        default=0.0, metadata={"help": "Norm at which gradients are clipped; 0, as published, for never."}
+    )
+    logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluate the loss alone."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: samples have no columns."})
+    hub_strategy: str = field(default="end", metadata={"help": "When the trained part is pushed to the Hub."})
+
+
+def check_datasets(datasets: Any) -> list[dict[str, Any]]:
+    """
+    Checks the list of data sets.
+
+    Raises:
+        ValueError: naming the entry and what is wrong with it.
+    """
+    example = '[{"format": "chat", "annotations": "train.jsonl", "media_root": "clips", "weight": 1}]'
+    if not isinstance(datasets, list) or not datasets:
+        raise ValueError(
+            f"`datasets` must be a list of at least one data set, such as {example}, but is {datasets!r}."
+        )
+    for number, entry in enumerate(datasets):
+        if not isinstance(entry, dict) or not {"format", "annotations"} <= set(entry):
+            raise ValueError(
+                f"`datasets[{number}]` needs `format` and `annotations`, as in {example}, but is {entry!r}."
+            )
+        unknown = sorted(set(entry) - set(DATASET_KEYS))
+        if unknown:
+            raise ValueError(
+                f"`datasets[{number}]` has {', '.join(unknown)}, which is unknown: choose from {', '.join(DATASET_KEYS)}."
+            )
+        weight = entry.get("weight")
+        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if weight is not None and not (is_number and weight > 0):
+            raise ValueError(f"`datasets[{number}]` has weight {weight!r}: it must be a number above 0.")
+    return datasets
+
+
+def parse_arguments(
+    argv: Sequence[str],
+) -> tuple[ModelArguments, DataArguments, VideoLlamaTrainingArguments]:
+    """
+    Reads `[config.yaml] [--field value …]`: every field of the three classes can stand in either place, and the command
+    line wins.
+
+    Raises:
+        ValueError: for a file that is no mapping, for keys that are unknown, and for values that do not fit.
+        OSError: if the file cannot be read.
+        SystemExit: from `argparse`, for unknown flags.
+    """
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, VideoLlamaTrainingArguments),  # type: ignore[arg-type]
+        prog="train.py",
+        description="Trains a branch of Video-LLaMA. Every flag can stand in the YAML file as well, without its dashes.",
+        allow_abbrev=False,
+        formatter_class=argparse.HelpFormatter,
+    )
+    types = {}
+    for action in parser._actions:
+        types.setdefault(action.dest, action.type)
+        action.default = argparse.SUPPRESS  # only what was given on the command line may override the file
+    parser.add_argument("config", nargs="?", metavar="config.yaml", default=None, help="YAML file with the flags")
+    given = vars(parser.parse_args(list(argv)))
+    config = given.pop("config")
+    values = _read_yaml(Path(config), types) if config is not None else {}
+    model, data, training = parser.parse_dict({**values, **given})
+    return model, data, training
+
+
+def _read_yaml(path: Path, types: dict[str, Any]) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `name: value` lines, but holds {type(values).__name__}.")
+    unknown = sorted(str(name) for name in values if name not in types)
+    if unknown:
+        raise ValueError(f"{path} sets {', '.join(unknown)}, which is unknown: `train.py --help` lists all names.")
+    for name, value in values.items():
+        # YAML reads `1e-4` as text, because it has no point; such text is read as the command line would read it
+        if isinstance(value, str) and callable(types[name]):
+            try:
+                values[name] = types[name](value)
+            except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
+                raise ValueError(f"{path}: `{name}` cannot be {value!r}: {error}") from error
+    return values
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, but is {value!r}.")

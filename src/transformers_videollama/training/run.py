@@ -1,0 +1,213 @@
+"""`main`: a training run from a YAML file and the command line, from loading the model to saving what was trained.
+
+`examples/training/train.py` calls it, under `python`, `torchrun` or `accelerate launch`.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+from transformers.utils import logging
+
+from ..modeling_video_llama import VideoLlamaForConditionalGeneration
+from ..processing_video_llama import VideoLlamaProcessor
+from ..trained_part import from_trained_part, load_trained_part
+from .arguments import DataArguments, ModelArguments, VideoLlamaTrainingArguments, parse_arguments
+from .checkpoints import find_last_checkpoint
+from .collator import VideoLlamaDataCollator
+from .feature_cache import FeatureCache
+from .mixture import Source, TrainDataset, TrainIterableDataset
+from .samples import SampleBuilder
+from .trainer import ADAPTER_CONFIG_NAME, VideoLlamaTrainer, has_adapter, load_adapter_weights
+
+logger = logging.get_logger(__name__)
+
+LAST = ("last", "true")
+
+
+def main(argv: Sequence[str] | None = None) -> VideoLlamaTrainer:
+    """
+    Trains a branch as the arguments say, and saves it to `output_dir`.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): The arguments (see [`parse_arguments`]); those of the process by default.
+
+    Returns:
+        [`VideoLlamaTrainer`]: the trainer, whose `state.log_history` holds the losses.
+    """
+    model_args, data_args, args = parse_arguments(sys.argv[1:] if argv is None else argv)
+    checkpoint = find_checkpoint(args)
+    set_seed(args.seed)
+
+    processor = VideoLlamaProcessor.from_pretrained(model_args.model)
+    model = load_model(model_args, args, on_frames=data_args.feature_cache is None)
+    dataset, collator = load_data(data_args, model_args.branch, args, processor)
+    trainer = VideoLlamaTrainer(
+        model=model, args=args, train_dataset=dataset, data_collator=collator, processing_class=processor
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_state()
+    trainer.save_model()
+    if model_args.merge and trainer.is_world_process_zero():
+        save_merged(args.output_dir, Path(args.output_dir) / "merged", model.config._name_or_path, processor)
+    trainer.accelerator.wait_for_everyone()
+    return trainer
+
+
+def find_checkpoint(args: VideoLlamaTrainingArguments) -> str | None:
+    """
+    The checkpoint to resume from, if any.
+
+    With `--resume_from_checkpoint last` (or `True`) a folder without a complete checkpoint starts from the beginning, so
+    that the same command starts a run and continues it.
+
+    Raises:
+        ValueError: if `output_dir` holds files already and the run is not to be resumed.
+    """
+    output_dir = Path(args.output_dir)
+    wanted = args.resume_from_checkpoint
+    if wanted is not None and str(wanted).lower() not in LAST:
+        found: str | None = str(wanted) if str(wanted).lower() != "false" else None
+    elif wanted is not None:
+        last = find_last_checkpoint(output_dir)
+        found = None if last is None else str(last)
+        if last is None:
+            logger.warning(f"{output_dir} holds no complete checkpoint: the training starts from the beginning.")
+        args.distributed_state.wait_for_everyone()
+        return found
+    else:
+        found = None
+    if found is None and output_dir.is_dir() and any(output_dir.iterdir()):
+        raise ValueError(
+            f"{output_dir} is not empty. Continue its run with `--resume_from_checkpoint last`, or give another "
+            "`--output_dir`."
+        )
+    # No process may write before all have looked
+    args.distributed_state.wait_for_everyone()
+    return found
+
+
+def load_model(
+    model_args: ModelArguments, args: VideoLlamaTrainingArguments, on_frames: bool = True
+) -> VideoLlamaForConditionalGeneration:
+    """
+    The model, with the chosen branch trainable in float32 and all other parts frozen.
+
+    Args:
+        model_args ([`ModelArguments`]): What to load.
+        args ([`VideoLlamaTrainingArguments`]): Of which the number format.
+        on_frames (`bool`, *optional*, defaults to `True`):
+            Whether the branch will see frames, not features of a cache: for the audio branch these need ImageBind's vision
+            tower.
+    """
+    computation = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    model = VideoLlamaForConditionalGeneration.from_pretrained(
+        model_args.model,
+        dtype=getattr(torch, model_args.dtype or computation),
+        attn_implementation=model_args.attn_implementation,
+    )
+    if model_args.branch == "audio" and on_frames and model.model.audio_vision_tower is None:
+        model.load_audio_vision_tower()
+    model.set_trainable(model_args.branch)
+    if model_args.lora_r:
+        add_adapter(model, model_args)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if model_args.trained_part is not None:
+        load_trained_part(model, model_args.trained_part)
+        folder = Path(model_args.trained_part)
+        if has_adapter(model) and (folder / ADAPTER_CONFIG_NAME).is_file():
+            load_adapter_weights(model, folder)
+    return model
+
+
+def add_adapter(model: VideoLlamaForConditionalGeneration, model_args: ModelArguments) -> None:
+    """Adds a LoRA adapter to the decoder's layers of the given names, and to nothing else."""
+    from peft import LoraConfig
+
+    names = "|".join(model_args.lora_target_modules)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.add_adapter(
+        LoraConfig(
+            r=model_args.lora_r,
+            lora_alpha=model_args.lora_alpha,
+            lora_dropout=model_args.lora_dropout,
+            target_modules=rf"model\.language_model\..*\.({names})",
+            base_model_name_or_path=model.config._name_or_path,
+        )
+    )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained or ".lora_" in name)
+
+
+def load_data(
+    data_args: DataArguments,
+    branch: str,
+    args: VideoLlamaTrainingArguments,
+    processor: VideoLlamaProcessor,
+) -> tuple[Any, Any]:
+    """
+    The data sets, mixed by their weights, and the collator.
+
+    Raises:
+        ValueError: if the data are streamed and `max_steps` does not say when to stop.
+    """
+    cache = None
+    if data_args.feature_cache is not None:
+        cache = FeatureCache(data_args.feature_cache)
+        cache.check_processor(processor, data_args.num_frames, data_args.sampling)
+    builder = SampleBuilder(
+        processor,
+        branch=branch,  # type: ignore[arg-type]
+        text_format=data_args.text_format,  # type: ignore[arg-type]
+        sampling=data_args.sampling,  # type: ignore[arg-type]
+        num_frames=data_args.num_frames,
+        random_resized_crop=data_args.random_resized_crop,
+        max_length=data_args.max_length,
+        feature_cache=cache,
+    )
+    settings: dict[str, Any] = {
+        "sources": [Source(**entry) for entry in data_args.datasets],  # type: ignore[arg-type, union-attr]
+        "builder": builder,
+        "seed": args.seed if args.data_seed is None else args.data_seed,
+        "max_bad_fraction": data_args.max_bad_fraction,
+        "log_file": data_args.bad_samples_log or Path(args.output_dir) / "bad_samples.jsonl",
+    }
+    if args.should_save:
+        Path(settings["log_file"]).parent.mkdir(parents=True, exist_ok=True)
+    dataset: TrainDataset | TrainIterableDataset
+    if data_args.streaming:
+        if args.max_steps <= 0:
+            raise ValueError("A stream has no end: say with `--max_steps` how many steps to train for.")
+        dataset = TrainIterableDataset(**settings, rank=args.process_index, world_size=args.world_size, repeat=True)
+    else:
+        with args.main_process_first(desc="reading the annotations"):
+            dataset = TrainDataset(**settings)
+    return dataset, VideoLlamaDataCollator(processor.tokenizer.pad_token_id)
+
+
+def save_merged(
+    trained_part: str | os.PathLike, folder: Path, base_model: str, processor: VideoLlamaProcessor
+) -> None:
+    """
+    Writes the whole model with the trained part in it, the adapter merged into the decoder if there is one, so that
+    `from_pretrained` loads it as any other.
+
+    Args:
+        trained_part (`str` or `os.PathLike`): The folder with the trained part and the adapter.
+        folder (`Path`): Where to.
+        base_model (`str`): The model with the frozen parts, whose number format is kept.
+        processor ([`VideoLlamaProcessor`]): Saved with it.
+    """
+    model: Any = from_trained_part(trained_part, base_model=base_model, dtype="auto")
+    if (Path(trained_part) / ADAPTER_CONFIG_NAME).is_file():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(trained_part)).merge_and_unload()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)

@@ -1,0 +1,468 @@
+"""`VideoLlamaTrainer`: the library's `Trainer` for a branch of Video-LLaMA, with the published optimiser and schedule.
+
+It differs from the library's where only a small part of a large model is trained: the optimizer and the checkpoints hold
+the trained part alone, a checkpoint is complete or not there (`checkpoints.py`), and resuming gives the same losses as not
+having stopped, for streamed data as well.
+"""
+
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.trainer_callback import ProgressCallback, TrainerCallback, TrainerState
+from transformers.trainer_utils import HubStrategy
+
+from ..model_card import make_model_card
+from ..trained_part import BRANCHES, DESCRIPTION_NAME, WEIGHTS_NAME, load_trained_part, save_trained_part
+from .arguments import VideoLlamaTrainingArguments
+from .checkpoints import (
+    find_damage,
+    find_last_checkpoint,
+    finish_checkpoint,
+    partial_folder,
+    remove_leftovers,
+    rotate_checkpoints,
+    start_checkpoint,
+)
+from .optimization import get_decay_parameter_names, get_published_schedule
+
+TRAINER_STATE_NAME = "trainer_state.json"
+OPTIMIZER_NAME = "optimizer.pt"
+SCHEDULER_NAME = "scheduler.pt"
+ADAPTER_NAME = "default"  # what `peft` calls an adapter that was given no name
+ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+
+
+class VideoLlamaTrainer(Trainer):
+    """
+    Trains what [`VideoLlamaForConditionalGeneration.set_trainable`] chose, and a LoRA adapter if the model has one.
+
+    Takes the arguments of [`Trainer`]; `args` are [`VideoLlamaTrainingArguments`] and `processing_class` the model's
+    processor.
+
+    Raises:
+        ValueError: if nothing is trainable, or parts of which a checkpoint would hold nothing.
+    """
+
+    args: VideoLlamaTrainingArguments
+
+    def __init__(self, model: Any = None, args: Any = None, **kwargs: Any):
+        self._check_trainable(model)
+        super().__init__(model=model, args=args, **kwargs)
+        self._throughput = _Throughput()
+        self._num_batches_done = 0  # of a stream, before the checkpoint that is resumed from
+        self.add_callback(_DataEpochCallback(self))
+        if any(isinstance(callback, ProgressCallback) for callback in self.callback_handler.callbacks):
+            self.remove_callback(ProgressCallback)
+            self.add_callback(_ThroughputProgressCallback)
+
+    @staticmethod
+    def _check_trainable(model: nn.Module) -> None:
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        if not names:
+            raise ValueError("Nothing in this model is trainable: choose a branch with `model.set_trainable`.")
+        prefixes = tuple(f"model.{branch}." for branch in BRANCHES)
+        others = [name for name in names if not name.startswith(prefixes) and ".lora_" not in name]
+        if others:
+            raise ValueError(
+                f"{others[0]} and {len(others) - 1} more tensors are trainable, but checkpoints hold the branches and an "
+                "adapter only: choose a branch with `model.set_trainable`."
+            )
+
+    # Optimiser
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """See [`~training.optimization.get_decay_parameter_names`]."""
+        return get_decay_parameter_names(model)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The library's optimizer on the trainable parameters, and on nothing else."""
+        if self.optimizer is None:
+            super().create_optimizer(model)
+            held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+            trained = {id(p) for p in (self.model if model is None else model).parameters() if p.requires_grad}
+            assert held == trained, "The optimizer must hold the trainable parameters and nothing else."
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The published schedule, or the library's if `lr_scheduler_type` is another than `"cosine"`."""
+        if self.lr_scheduler is None and self.args.lr_scheduler_type == "cosine":
+            self.lr_scheduler = get_published_schedule(
+                self.optimizer if optimizer is None else optimizer,
+                num_training_steps,
+                self.args.get_warmup_steps(num_training_steps),
+                self.args.min_learning_rate,
+                self.args.warmup_start_learning_rate,
+            )
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """
+        The library's loader for data sets with a length. A stream shares its samples out to processes and workers itself, so
+        it is not wrapped again, which would decode every sample in every process.
+        """
+        if not isinstance(self.train_dataset, IterableDataset):
+            return super().get_train_dataloader()
+        args = self.args
+        batches = DataLoader(
+            self.train_dataset,
+            batch_size=self._train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and torch.accelerator.is_available(),
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return DataLoader(_Stream(batches, self._num_batches_done), batch_size=None)
+
+    # Loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The library's step, whose samples and tokens are counted, and whose place in a stream is noted."""
+        position = inputs.pop("position", None)
+        if position is not None:
+            self.train_dataset.update_position(position)
+        self._throughput.add(inputs)
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """
+        The model's loss, computed at the labelled positions alone. The library counts the labels of all accumulated batches
+        and processes, and the model divides by that number, so that every label weighs the same.
+        """
+        if model.training:
+            _enable_checkpointing_in_eval_mode(model)
+        return super().compute_loss(model, {**inputs, "skip_logits": True, "use_cache": False}, *args, **kwargs)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: the library's estimate is of a model all of which is trained."""
+        return 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds `samples_per_second` and `tokens_per_second`, over all processes since the last line, to lines with a loss."""
+        if "loss" in logs:
+            logs |= self._throughput.read(self.accelerator)
+        super().log(logs, start_time)
+
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, **kwargs: Any) -> Any:
+        """
+        See [`Trainer.train`].
+
+        Args:
+            resume_from_checkpoint (`str`, `os.PathLike` or `bool`, *optional*):
+                `True` or `"last"` for the newest complete checkpoint in `args.output_dir`, or a checkpoint's folder.
+
+        Raises:
+            ValueError: if there is no such checkpoint, or if it is damaged.
+        """
+        output_dir = Path(self.args.output_dir)
+        if self.args.should_save:
+            remove_leftovers(output_dir)
+        self.accelerator.wait_for_everyone()
+        if resume_from_checkpoint in (True, "last"):
+            checkpoint = find_last_checkpoint(output_dir)
+            if checkpoint is None:
+                raise ValueError(f"{output_dir} holds no complete checkpoint to resume from.")
+        elif resume_from_checkpoint:
+            checkpoint = Path(resume_from_checkpoint)
+            damage = find_damage(checkpoint) if checkpoint.is_dir() else "there is no such folder"
+            if damage is not None:
+                raise ValueError(f"Cannot resume from {checkpoint}: {damage}. Resume from another, or from `last`.")
+        else:
+            checkpoint = None
+        self._num_batches_done = 0
+        if isinstance(self.train_dataset, IterableDataset) and hasattr(self.train_dataset, "load_position"):
+            self.train_dataset.load_position(None if checkpoint is None else self._read_position(checkpoint))
+        return super().train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint), **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        output_dir = Path(self._get_output_dir(trial))
+        checkpoint = output_dir / f"checkpoint-{self.state.global_step}"
+        partial = partial_folder(checkpoint)
+        if self.args.should_save:
+            start_checkpoint(checkpoint)
+        self.accelerator.wait_for_everyone()
+        self.save_model(str(partial), _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(str(partial))
+            self._save_scaler(str(partial))
+            self._save_rng_state(str(partial))
+            if hasattr(self.train_dataset, "position"):
+                position = json.dumps(self.train_dataset.position())
+                self._position_file(partial).write_text(position + "\n", encoding="utf-8")
+        if self.state.best_global_step:
+            best = output_dir / f"checkpoint-{self.state.best_global_step}"
+            if best == checkpoint or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+        if self.args.should_save:
+            self.state.stateful_callbacks["TrainerControl"] = self.control.state()
+            self.state.save_to_json(str(partial / TRAINER_STATE_NAME))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            finish_checkpoint(checkpoint)
+            best = self.state.best_model_checkpoint
+            keep = {checkpoint} | ({Path(best)} if best is not None else set())
+            rotate_checkpoints(output_dir, self.args.save_total_limit, keep)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(checkpoint))
+
+    def _position_file(self, checkpoint: Path) -> Path:
+        return checkpoint / f"data_position_{self.args.process_index}.json"
+
+    def _read_position(self, checkpoint: Path) -> Any:
+        """Where a checkpoint's run was in the stream, or `None` if the data are to be read from their beginning."""
+        if self.args.ignore_data_skip:
+            return None
+        path = self._position_file(checkpoint)
+        if not path.is_file():
+            raise ValueError(
+                f"{checkpoint} has no {path.name}: its run did not stream its data, or in fewer processes. Resume as it ran, "
+                "or read the data from their beginning with `--ignore_data_skip`."
+            )
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        self._num_batches_done = state.global_step * self.args.gradient_accumulation_steps
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target: Any = self.accelerator.unwrap_model(self.model if model is None else model)
+        load_trained_part(target, resume_from_checkpoint)
+        if has_adapter(target):
+            load_adapter_weights(target, resume_from_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """By parameter names and with whole tensors, so that a run may be resumed with another sharding."""
+        if self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        names = self._parameter_names()
+        optimizer = self.optimizer
+        state = {
+            names[id(parameter)]: {key: _whole(value) for key, value in optimizer.state[parameter].items()}
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        groups = [
+            {**group, "params": [names[id(parameter)] for parameter in group["params"]]}
+            for group in optimizer.param_groups
+        ]
+        if self.args.should_save:
+            torch.save({"state": state, "param_groups": groups}, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if self.is_deepspeed_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        saved = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+        names = self._parameter_names()
+        state, groups, index = {}, [], 0
+        for group, saved_group in zip(self.optimizer.param_groups, saved["param_groups"], strict=True):
+            if sorted(saved_group["params"]) != sorted(names[id(parameter)] for parameter in group["params"]):
+                raise ValueError(f"{checkpoint} is of a run that trained other parameters than this one.")
+            indices = range(index, index + len(group["params"]))
+            for index, parameter in zip(indices, group["params"], strict=True):
+                values = saved["state"][names[id(parameter)]]
+                state[index] = {key: _like(value, parameter) for key, value in values.items()}
+            groups.append({**saved_group, "params": list(indices)})
+            index = indices.stop
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def _parameter_names(self) -> dict[int, str]:
+        model: Any = self.accelerator.unwrap_model(self.model)
+        return {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """
+        Saves the trained part, the adapter if there is one, and the processor, in the form that
+        [`from_trained_part`](trained_part.from_trained_part) loads; the frozen parts are not saved.
+
+        Args:
+            output_dir (`str`, *optional*): The folder; `args.output_dir` by default.
+        """
+        model: Any = self.accelerator.unwrap_model(self.model)
+        # Of a sharded model every process has a part, so all of them have to take part in putting it together
+        tensors = {name: _whole(tensor) for name, tensor in model.named_parameters() if tensor.requires_grad}
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            if any(_branch_is_trained(model, branch) for branch in BRANCHES):
+                save_trained_part(model, folder, state_dict=tensors)
+            if has_adapter(model):
+                save_adapter(model, folder, tensors)
+            if folder == Path(self.args.output_dir):
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(folder)
+                self.create_model_card()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Upload trained part", revision=self.args.hub_revision)
+
+    # Hub
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the trained part's model card to `args.output_dir`, unless there is one."""
+        path = Path(self.args.output_dir) / "README.md"
+        if not self.is_world_process_zero() or path.exists():
+            return
+        model: Any = self.accelerator.unwrap_model(self.model)
+        base_model = model.config._name_or_path
+        card = make_model_card(
+            model.config,
+            self.hub_model_id or Path(self.args.output_dir).name,
+            trained_parts=[branch for branch in BRANCHES if _branch_is_trained(model, branch)],
+            base_model=None if os.path.isdir(base_model) else base_model or None,
+        )
+        card.save(path)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            for name in (WEIGHTS_NAME, DESCRIPTION_NAME, ADAPTER_WEIGHTS_NAME, ADAPTER_CONFIG_NAME):
+                if (Path(checkpoint_folder) / name).is_file():
+                    shutil.copy(Path(checkpoint_folder) / name, Path(self.args.output_dir) / name)
+            self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
+
+
+class _Stream(IterableDataset):
+    """The batches of a stream that goes on from a checkpoint, after place-holders for those before it, which the library
+    passes over one by one: it knows no other way to resume."""
+
+    def __init__(self, batches: DataLoader, num_batches_done: int) -> None:
+        self.batches = batches
+        self.num_batches_done = num_batches_done
+
+    def __iter__(self) -> Iterator[dict[str, Any] | None]:
+        yield from itertools.repeat(None, self.num_batches_done)
+        yield from self.batches
+
+
+class _Throughput:
+    """Counts samples and tokens, without waiting for the device until they are read."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.tokens: torch.Tensor | int = 0
+        self.start = time.perf_counter()
+
+    def add(self, inputs: dict[str, Any]) -> None:
+        tokens = inputs.get("attention_mask", inputs["input_ids"])
+        self.samples += inputs["input_ids"].shape[0]
+        self.tokens = self.tokens + (tokens.sum() if "attention_mask" in inputs else tokens.numel())
+
+    def read(self, accelerator: Any) -> dict[str, float]:
+        """Samples and tokens a second since the last call, of all processes."""
+        counts = torch.tensor([float(self.samples), float(self.tokens)], device=accelerator.device)
+        samples, tokens = accelerator.reduce(counts, reduction="sum").tolist()
+        seconds = time.perf_counter() - self.start
+        self.__init__()  # type: ignore[misc]
+        return {"samples_per_second": round(samples / seconds, 3), "tokens_per_second": round(tokens / seconds, 1)}
+
+
+class _DataEpochCallback(TrainerCallback):
+    """Tells the data which epoch begins, as each draws other frames and crops, and starts the clock of the throughput."""
+
+    def __init__(self, trainer: VideoLlamaTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._throughput = _Throughput()
+
+    def on_epoch_begin(self, args: Any, state: Any, *_: Any, **kwargs: Any) -> None:
+        if hasattr(self.trainer.train_dataset, "set_epoch"):
+            self.trainer.train_dataset.set_epoch(int(state.epoch or 0))
+
+
+class _ThroughputProgressCallback(ProgressCallback):
+    """The library's progress bar, with the loss and the throughput on it."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        super().on_log(args, state, control, logs=dict(logs or {}), **kwargs)
+        if self.training_bar is not None and logs and "samples_per_second" in logs:
+            self.training_bar.set_postfix_str(
+                f"loss {logs['loss']:.4g}, {logs['samples_per_second']:.3g} samples/s, "
+                f"{logs['tokens_per_second']:.4g} tokens/s"
+            )
+
+
+def _enable_checkpointing_in_eval_mode(model: nn.Module) -> None:
+    """
+    Frozen layers stay in eval mode, in which the library checkpoints nothing, although the gradient passes through the
+    decoder's. This marks the layers themselves as training, but not what they consist of, so that no dropout is applied.
+    """
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
+            module.training = True
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether a LoRA adapter was added to this model."""
+    return getattr(model, "_hf_peft_config_loaded", False)
+
+
+def save_adapter(model: Any, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """
+    Saves the model's adapter in `peft`'s form, which `model.load_adapter` and `PeftModel.from_pretrained` read.
+
+    Args:
+        model (`VideoLlamaForConditionalGeneration`): The model.
+        folder (`Path`): The folder.
+        tensors (`dict[str, torch.Tensor]`): The adapter's, by their names in the model.
+    """
+    state = model.get_adapter_state_dict(ADAPTER_NAME, state_dict=tensors)
+    tensors = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
+    model.peft_config[ADAPTER_NAME].save_pretrained(folder)
+
+
+def load_adapter_weights(model: Any, folder: str | os.PathLike) -> None:
+    """Loads the weights of a saved adapter onto the one that the model has."""
+    from peft.utils import load_peft_weights, set_peft_model_state_dict
+
+    weights = load_peft_weights(str(folder), device="cpu")
+    prefix = "base_model.model."
+    result = set_peft_model_state_dict(
+        model, {name.removeprefix(prefix): tensor for name, tensor in weights.items()}, adapter_name=ADAPTER_NAME
+    )
+    missing = [name for name in result.missing_keys if ".lora_" in name]
+    if missing or result.unexpected_keys:
+        raise ValueError(
+            f"The adapter in {folder} does not fit this model's: {(missing + list(result.unexpected_keys))[0]} differs. "
+            "Use the `lora_…` arguments that it was trained with."
+        )
+
+
+def _whole(value: Any) -> Any:
+    """A tensor that may be sharded over processes, put together on the CPU; anything else as it is."""
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    return value.detach().cpu() if isinstance(value, torch.Tensor) else value
+
+
+def _like(value: Any, parameter: torch.Tensor) -> Any:
+    """A state of the optimizer sharded as its parameter is. Numbers, such as the count of steps, are not."""
+    if isinstance(parameter, DTensor) and isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
+    return value
+
+
+def _branch_is_trained(model: Any, branch: str) -> bool:
+    part = getattr(model.model, branch)
+    return part is not None and any(parameter.requires_grad for parameter in part.parameters())

@@ -1,0 +1,292 @@
+"""The example's whole chain at a tiny size: render, train encoders, cache features, train both stages, save, load, ask, measure."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "miniworld"))
+
+import ask
+import decoder
+import encoders
+import evaluate
+import make_data
+from language import QA, caption, questions
+from model_file import export_model, load_model
+from small_model import make_model, make_processor
+from world import generator
+
+from transformers_videollama.training import feature_cache, run
+
+MINIWORLD = Path(ask.__file__).parent
+SCALE = 4
+NUM_CLIPS = 6
+SEED = 3
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHAT_TEMPLATE = (  # SmolLM2's own
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a "
+    "helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
+    "message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ "
+    "'<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def make_decoder(folder: Path) -> None:
+    """A tiny LLaMA that has learnt to answer from a caption in front of the question, so that soft tokens can steer it."""
+    texts = []
+    for index, scene in enumerate(make_data.sample_scenes("train", 60, SEED + 1)):
+        rng = generator(SEED + 1, "train", index, "decoder")
+        for item in questions(scene, rng):
+            user = f"<|im_start|>user\n{caption(scene, rng)} {item.question}<|im_end|>\n"
+            texts.append(f"{user}<|im_start|>assistant\n{item.answer}<|im_end|>\n")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet)
+    )
+    names = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL_TOKENS, strict=True))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names, pad_token=SPECIAL_TOKENS[2])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(tiny_llama(len(tokenizer)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    rng = np.random.default_rng(0)
+    for _ in range(150):
+        batch = tokenizer([texts[i] for i in rng.integers(len(texts), size=16)], padding=True, return_tensors="pt")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def tiny_llama(vocab_size: int) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+
+
+def train(stage: str, model: Path, data: Path, features: Path, steps: int, *more: object) -> tuple[Path, list[float]]:
+    """Runs a stage of the example with the real training code; returns its folder and its losses."""
+    output = data.parent / stage
+    config = data.parent / f"{stage}.yaml"
+    config.write_text((MINIWORLD / "stages" / f"{stage}.yaml").read_text().replace("<data>", str(data)))
+    settings: dict[str, object] = {
+        "model": model,
+        "feature_cache": features,
+        "output_dir": output,
+        "max_steps": steps,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 3e-3,
+        "min_learning_rate": 3e-4,
+        "warmup_steps": 5,
+        "bf16": False,
+        "dataloader_num_workers": 0,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "merge": True,
+    }
+    arguments = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
+    trainer = run.main([str(config), *arguments, *map(str, more)])
+    return output, [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The chain, run once: its folders, and the losses of every station."""
+    work = tmp_path_factory.mktemp("miniworld")
+    cache, data, base, features = work / "cache", work / "data", work / "base", work / "features"
+    make_decoder(cache / "smollm2-135m-instruct")
+    make_data.make_data(data, "train", NUM_CLIPS, SEED, processes=1)
+
+    processor = make_processor(cache / "smollm2-135m-instruct")
+    model = make_model(cache / "smollm2-135m-instruct", seed=0, scale=SCALE)
+    clips = encoders.read_clips(data, processor, work / "encoders", SEED, workers=0)
+    losses: dict[str, list[float]] = {"encoders": []}
+    frame_loss = encoders.frame_loss
+
+    def recorded(*arguments: Any) -> torch.Tensor:
+        loss = frame_loss(*arguments)
+        losses["encoders"].append(loss.item())
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoders, "frame_loss", recorded)
+        encoders.train_frame_encoder(model, processor, clips, work / "encoders", steps=40, batch_size=16, seed=0)
+    model.save_pretrained(base)
+    processor.save_pretrained(base)
+
+    flags = {"model": base, "feature_cache": features, "media": data / "clips", "dataloader_num_workers": 0}
+    feature_cache.main([str(part) for name, value in flags.items() for part in (f"--{name}", value)])
+    stage1, losses["stage 1"] = train("video_stage1", base, data, features, 40)
+    stage2, losses["stage 2"] = train("video_stage2", base, data, features, 150, "--trained_part", stage1)
+    export_model(stage2 / "merged", work / "model")
+    return {"cache": cache, "data": data, "losses": losses, "model": work / "model", "base": base}
+
+
+def test_loss_falls_at_every_station(chain):
+    for name, losses in chain["losses"].items():
+        assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5]), name
+
+
+def test_memorised_clips_are_answered(chain):
+    model, processor = load_model(chain["cache"], chain["model"], torch.float32)
+    right = []
+    for line in (chain["data"] / "train-conversations.jsonl").read_text().splitlines():
+        user, assistant = json.loads(line)["messages"][:2]
+        (clip,) = (entry["path"] for entry in user["content"] if entry["type"] == "video")
+        (question,) = (entry["text"] for entry in user["content"] if entry["type"] == "text")
+        # As in training, which shows videos without their sound
+        chat = [{"role": "user", "content": [{"type": "video", "path": str(chain["data"] / clip)},
+                                             {"type": "text", "text": question}]}]  # fmt: skip
+        inputs = processor.apply_chat_template(
+            chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+            load_audio_from_video=False,
+        )  # fmt: skip
+        outputs = model.generate(**inputs, max_new_tokens=20, do_sample=False)
+        (answer,) = processor.post_process_image_text_to_text(outputs[:, inputs["input_ids"].shape[1] :])
+        right.append(answer == assistant["content"][0]["text"])
+    assert np.mean(right) >= 0.75
+
+
+def test_shipped_file_leaves_the_decoder_out_and_training_left_it_alone(chain):
+    shipped = load_file(chain["model"] / "model.safetensors")
+    assert not any(name.startswith(("model.language_model.", "lm_head.")) for name in shipped)
+    model, _ = load_model(chain["cache"], chain["model"], torch.float32)
+    bare = AutoModelForCausalLM.from_pretrained(chain["cache"] / "smollm2-135m-instruct", dtype=torch.float32)
+    for name, tensor in bare.model.state_dict().items():
+        assert torch.equal(model.model.language_model.state_dict()[name], tensor)
+
+
+def test_first_command_asks_a_new_clip_and_a_file(chain, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folders = ["--model", str(chain["model"]), "--cache", str(chain["cache"])]
+    ask.main(["--seed", "1", *folders])
+    printed = capsys.readouterr().out
+    assert printed.count("\nQ: ") == printed.count("\nA: ") == printed.count("(in truth: ") == 4
+    assert (tmp_path / "miniworld.mp4").stat().st_size and (tmp_path / "miniworld.png").stat().st_size
+    ask.main(["miniworld.mp4", "What do you see?", "What do you hear?", *folders])
+    assert capsys.readouterr().out.count("\nQ: What do you ") == 2
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_evaluation_goes_on_and_asks_what_a_user_would(chain, tmp_path, capsys):
+    options = ["--questions", "2", "--model", str(chain["model"]), "--cache", str(chain["cache"]), "--processes", "1"]
+    options += ["--work", str(tmp_path), "--output", str(tmp_path / "evaluation.json"), "--batch-size", "8"]
+    rows = evaluate.main(options)
+    assert set(rows) == {*evaluate.FAMILIES, *evaluate.SUBSETS}
+    assert all(row["questions"] >= 1 and set(row) >= {"whole", "no video", "chance"} for row in rows.values())
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    assert report["verdicts"]["text alone: the bare decoder's tokens"]
+    assert "| object | 2 |" in capsys.readouterr().out
+
+    # Interrupted in the middle of a line: the rest is asked again, and the result is the same
+    (answers,) = tmp_path.glob("seed-1/answers-*.jsonl")
+    whole = answers.read_text()
+    answers.write_text(whole[: len(whole) // 2])
+    assert evaluate.main(options) == rows
+    assert sorted(answers.read_text().splitlines()) == sorted(whole.splitlines())
+
+    # The prompt made for cached features is that of the file
+    model, processor = load_model(chain["cache"], chain["model"])
+    asked = evaluate.Model(model, processor, tmp_path / "seed-1")
+    for question in evaluate.choose_questions(2, 1)[:4]:
+        asked.encode(question.clip)
+        path = str(tmp_path / "seed-1" / make_data.clip_name("test", question.clip))
+        text = {"type": "text", "text": question.item.question}
+        chat = [{"role": "user", "content": [{"type": "video", "path": path}, text]}]
+        ids = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True)
+        assert asked.prompt(question.item.question, True, question.clip in asked.sounds) == ids[0]
+        frames = asked.frames[question.clip]
+        shuffled = asked.shown_frames(question.clip, "shuffled", 1)
+        assert sorted(map(str, shuffled.float().tolist())) == sorted(map(str, frames.float().tolist()))
+        assert (asked.shown_frames(question.clip, "first frame", 1) == frames[0]).all()
+
+
+def test_questions_are_balanced_and_more_of_them_keep_those_of_fewer():
+    few, more = evaluate.choose_questions(4, 1), evaluate.choose_questions(6, 1)
+    assert set(few) <= set(more)
+    assert len({(question.clip, question.item.family) for question in more}) == len(more)
+    for family in evaluate.FAMILIES:
+        said = [question.item.canonical for question in more if question.item.family == family]
+        assert len(said) == 6
+        if family in evaluate.YES_NO:
+            assert said.count("Yes.") == said.count("No.") == 3
+
+
+def test_scoring():
+    kinds = ("A bell.", "A drum.", "Nothing.")
+    item = QA("hear", "What do you hear?", "A drum.", "A drum.", True, kinds)
+    assert evaluate.named_option("I hear a drum!", item) == evaluate.named_option("drum", item) == "A drum."
+    assert evaluate.named_option("A drum and a bell.", item) is None
+    assert evaluate.named_option("A drummer.", item) is None
+    moves = ("Left.", "It circles.", "It turns red.")
+    item = QA("motion", "…", "The bee circles.", "It circles.", False, moves)
+    assert evaluate.named_option("The bee circles.", item) == "It circles."
+    assert evaluate.named_option("The bee turns red.", item) == "It turns red."
+    # Wilson's interval, as tables have it
+    assert evaluate.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert evaluate.wilson(0, 500)[0] == 0.0 and evaluate.wilson(500, 500)[1] == 1.0
+
+
+def test_decoder_is_unpacked_from_gguf(tmp_path):
+    config = tiny_llama(96)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    gguf_names = {name: short for short, name in decoder.LLAMA_NAMES.items()}
+    for name, tensor in model.model.state_dict().items():
+        layer, _, rest = name.removeprefix("layers.").partition(".") if name.startswith("layers.") else ("", "", name)
+        array = tensor.numpy()
+        if "q_proj" in name or "k_proj" in name:  # as llama.cpp writes them
+            array = array.reshape(-1, 2, config.head_dim // 2, array.shape[1]).swapaxes(1, 2).reshape(array.shape)
+        short = gguf_names[rest.removesuffix(".weight")]
+        writer.add_tensor(f"blk.{layer}.{short}.weight" if layer else f"{short}.weight", np.ascontiguousarray(array))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    (tmp_path / "unpacked").mkdir()
+    decoder.unpack_weights(tmp_path / "tiny.gguf", tmp_path / "unpacked")
+    unpacked = AutoModelForCausalLM.from_pretrained(tmp_path / "unpacked")
+    expected = model.to(torch.bfloat16).state_dict()
+    assert unpacked.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in unpacked.state_dict().items())
+    assert unpacked.config.num_key_value_heads == 2 and unpacked.config.tie_word_embeddings

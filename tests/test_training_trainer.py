@@ -1,0 +1,250 @@
+"""The trainer trains the chosen branch and nothing else, and its memory and batch settings change no result."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_model import tiny_model
+from training_runs import losses, make_dataset, make_model, make_trainer
+
+from transformers_videollama import VideoLlamaForConditionalGeneration, from_trained_part
+from transformers_videollama.training.arguments import ModelArguments
+from transformers_videollama.training.run import add_adapter
+from transformers_videollama.training.trainer import VideoLlamaTrainer
+
+BRANCH = "model.video_branch."
+
+
+@pytest.fixture
+def model() -> VideoLlamaForConditionalGeneration:
+    """Without dropout, so that runs can be compared."""
+    model = tiny_model()
+    model.set_trainable("video")
+    return model
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def first_gradients(trainer: VideoLlamaTrainer) -> dict[str, torch.Tensor]:
+    """What the optimizer gets at the first step."""
+    found: dict[str, torch.Tensor] = {}
+    optimizer = trainer.create_optimizer()
+    step = optimizer.step
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        found.update(found or gradients(trainer.model))
+        return step(*args, **kwargs)
+
+    optimizer.step = note
+    trainer.train()
+    return found
+
+
+def assert_close(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys() and first
+    for name in first:
+        scale = float(second[name].abs().max())
+        torch.testing.assert_close(
+            first[name], second[name], rtol=0, atol=1e-5 * scale, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("branch", ["video", "audio"])
+def test_only_the_branch_is_trained(branch: str, model: VideoLlamaForConditionalGeneration, tmp_path: Path) -> None:
+    model.set_trainable(branch)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    dataset = make_dataset(tmp_path / "data")
+    trainer = make_trainer(tmp_path / "run", model=model, max_steps=2)
+    if branch == "audio":
+        collator = trainer.data_collator
+
+        def heard(samples: list[dict[str, Any]]) -> dict[str, Any]:
+            """Texts that sound in place of pictures, with two tokens left where a video has four."""
+            batch = collator(samples)
+            video, audio = model.config.video_token_id, model.config.audio_token_id
+            is_video = batch["input_ids"] == video
+            batch["input_ids"][is_video] = torch.tensor([audio, audio, 5, 6]).repeat(len(samples))
+            batch["audio_pixel_values_videos"] = batch.pop("pixel_values_videos")
+            batch["audio_padding_mask_videos"] = batch.pop("padding_mask_videos", None)
+            return {name: value for name, value in batch.items() if value is not None}
+
+        trainer.data_collator = heard
+    trainer.train()
+    assert len(dataset) == 10
+    prefix = f"model.{branch}_branch."
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    # Keys' biases shift all scores of a query alike: they have no gradient but that of rounding
+    assert {name for name in before if name.startswith(prefix) and "key.bias" not in name} <= changed
+    assert all(name.startswith(prefix) for name in changed)
+    assert all(parameter.grad is None for name, parameter in model.named_parameters() if not name.startswith(prefix))
+    state = trainer.optimizer.state_dict()["state"]
+    assert len(state) == sum(name.startswith(prefix) for name in before)
+    model.train()
+    for name, module in model.named_modules():
+        if name.startswith(prefix):
+            assert module.training
+        elif name.startswith(("model.vision_tower", "model.qformer", "model.audio_", "model.language_model")):
+            assert not module.training or name.startswith(f"model.{branch}_branch")
+
+
+def test_untrainable_and_unsavable_models_are_refused(tmp_path: Path) -> None:
+    model = make_model()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="set_trainable"):
+        make_trainer(tmp_path, model=model)
+    model.set_trainable(["video_branch", "qformer"])
+    with pytest.raises(ValueError, match=r"model\.q(uery_tokens|former).*checkpoints hold"):
+        make_trainer(tmp_path, model=model)
+
+
+def test_accumulated_batches_weigh_every_label_alike(tmp_path: Path) -> None:
+    found = {}
+    for name, settings in {
+        "one batch": {"per_device_train_batch_size": 4},
+        "accumulated": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+    }.items():
+        model = tiny_model()
+        model.set_trainable("video")
+        trainer = make_trainer(tmp_path / "run", model=model, num_rows=8, max_steps=2, **settings)
+        found[name] = first_gradients(trainer), losses(trainer)
+    assert_close(found["one batch"][0], found["accumulated"][0])
+    assert found["accumulated"][1] == pytest.approx(found["one batch"][1], rel=1e-5)
+
+
+def test_gradient_checkpointing_recomputes_the_decoder_and_changes_no_gradient(tmp_path: Path) -> None:
+    found = {}
+    for checkpointing in (False, True):
+        model = tiny_model()
+        model.set_trainable("video")
+        calls = []
+        model.model.language_model.layers[0].self_attn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        trainer = make_trainer(tmp_path / "run", model=model, max_steps=1, gradient_checkpointing=checkpointing)
+        found[checkpointing] = first_gradients(trainer)
+        assert len(calls) == (2 if checkpointing else 1)
+    assert_close(found[False], found[True])
+
+
+def test_bf16_keeps_what_is_trained_in_float32(tmp_path: Path) -> None:
+    found = {}
+    for bf16 in (False, True):
+        model = tiny_model().to(torch.bfloat16 if bf16 else torch.float32)
+        model.set_trainable("video")
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        trainer = make_trainer(tmp_path / str(bf16), model=model, max_steps=2, bf16=bf16, learning_rate=1e-4)
+        trainer.train()
+        found[bf16] = losses(trainer)
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+        if bf16:
+            assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
+        states = trainer.optimizer.state_dict()["state"].values()
+        assert all(value.dtype == torch.float32 for state in states for value in state.values())
+    assert found[True] == pytest.approx(found[False], rel=0.03)
+    assert found[True] != found[False]
+
+
+def test_the_log_has_the_throughput_and_goes_to_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = make_trainer(tmp_path / "run", max_steps=3, report_to="tensorboard")
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == 3
+    assert all(line["samples_per_second"] > 0 and line["tokens_per_second"] > 0 for line in lines)
+    (file,) = (tmp_path / "run").rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses(trainer))
+    assert events.Scalars("train/tokens_per_second")
+
+
+def test_the_progress_bar_has_the_throughput(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    make_trainer(tmp_path / "run", max_steps=2, disable_tqdm=False).train()
+    error = capfd.readouterr().err
+    assert "2/2" in error and "samples/s" in error and "tokens/s" in error
+
+
+def test_a_checkpoint_holds_the_trained_part_and_not_the_frozen_ones(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=2)
+    trainer.train()
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert {f"model.{name}" for name in load_file(checkpoint / "trained_part.safetensors")} == trained
+    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+    assert set(saved["state"]) == trained
+    assert {path.name for path in checkpoint.iterdir()} == {
+        "complete.json",
+        "optimizer.pt",
+        "rng_state.pth",
+        "scheduler.pt",
+        "trained_part.json",
+        "trained_part.safetensors",
+        "trainer_state.json",
+    }
+    number = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    size = sum(path.stat().st_size for path in checkpoint.iterdir())
+    assert 3 * 4 * number < size < 3 * 4 * number + 200_000  # the weights and two averages of them, in float32
+
+
+@pytest.fixture
+def saved_model(tmp_path: Path) -> Iterator[Path]:
+    tiny_model().save_pretrained(tmp_path / "base")
+    yield tmp_path / "base"
+
+
+def load_with_adapter(folder: Path) -> VideoLlamaForConditionalGeneration:
+    model = VideoLlamaForConditionalGeneration.from_pretrained(folder)
+    model.set_trainable("video")
+    add_adapter(model, ModelArguments(model=str(folder), lora_r=2, lora_dropout=0.1))
+    return model
+
+
+def test_an_adapter_trains_in_the_decoder_alone_and_resumes(saved_model: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    def run(resume: Path | None = None) -> VideoLlamaTrainer:
+        model = load_with_adapter(saved_model)
+        settings = {"save_strategy": "steps", "save_steps": 2}
+        trainer = make_trainer(tmp_path / "run", model=model, max_steps=4, gradient_accumulation_steps=2, **settings)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    trainer = run()
+    model = trainer.model
+    names = {name for name, p in model.named_parameters() if p.requires_grad and not name.startswith(BRANCH)}
+    layers = {name.split(".lora_")[0] for name in names}
+    assert layers == {
+        f"model.language_model.layers.{layer}.self_attn.{which}" for layer in (0, 1) for which in ("q_proj", "v_proj")
+    }
+    trainer.save_model()
+    resumed = run(tmp_path / "run" / "checkpoint-2")
+    assert losses(resumed) == losses(trainer)
+    assert all(torch.equal(model.get_parameter(name), resumed.model.get_parameter(name)) for name in names)
+
+    batch = trainer.data_collator([trainer.train_dataset[0], trainer.train_dataset[1]])
+    with torch.no_grad():
+        expected = model.eval()(**batch).loss
+        plain = from_trained_part(tmp_path / "run")
+        assert not torch.equal(plain(**batch).loss, expected)
+        plain.load_adapter(str(tmp_path / "run"))
+        assert torch.equal(plain(**batch).loss, expected)
+        wrapped = PeftModel.from_pretrained(from_trained_part(tmp_path / "run"), str(tmp_path / "run"))
+        assert torch.equal(wrapped(**batch).loss, expected)
+
+
+def test_an_adapter_of_another_shape_is_refused(saved_model: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "run", model=load_with_adapter(saved_model), max_steps=1)
+    trainer.train()
+    trainer._save_checkpoint(trainer.model, None)
+    model = VideoLlamaForConditionalGeneration.from_pretrained(saved_model)
+    model.set_trainable("video")
+    add_adapter(model, ModelArguments(model="m", lora_r=2, lora_target_modules=["k_proj"]))
+    trainer = make_trainer(tmp_path / "run", model=model, max_steps=2)
+    with pytest.raises(ValueError, match="adapter in .*checkpoint-1 does not fit"):
+        trainer.train(resume_from_checkpoint="last")
