@@ -264,7 +264,7 @@ class Turn:
     ):
         self.contender, self.model, self.processor, self.load = contender, model, processor, load
         model_args, data_args, self.args = stage_arguments(stage, contender, folder, load, device)
-        self.dataset, self.collator = load_data(data_args, model_args.branch, self.args, processor)
+        self.dataset, self.collator = load_data(data_args, model_args.branch, self.args, processor, model)
         self.batch_size = self.args.per_device_train_batch_size
 
     def run(self, clock: Callable[[], float]) -> float:

@@ -143,7 +143,11 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     flags = {"model": base, "feature_cache": features, "media": data / "clips", "dataloader_num_workers": 0}
     feature_cache.main([str(part) for name, value in flags.items() for part in (f"--{name}", value)])
     stage1, losses["stage 1"] = train("video_stage1", base, data, features, 40)
-    stage2, losses["stage 2"] = train("video_stage2", base, data, features, 150, "--trained_part", stage1)
+    # One clip's conversations, to be known by heart
+    conversations = data / "train-conversations.jsonl"
+    one_clip = conversations.read_text().splitlines()[: make_data.CONVERSATIONS_PER_CLIP]
+    conversations.write_text("\n".join(one_clip * 4) + "\n")
+    stage2, losses["stage 2"] = train("video_stage2", base, data, features, 80, "--trained_part", stage1)
     export_model(stage2 / "merged", work / "model")
     return {"cache": cache, "data": data, "losses": losses, "model": work / "model", "base": base}
 
@@ -153,10 +157,9 @@ def test_loss_falls_at_every_station(chain):
         assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5]), name
 
 
-def test_memorised_clips_are_answered(chain):
+def test_a_memorised_clip_is_answered(chain):
     model, processor = load_model(chain["cache"], chain["model"], torch.float32)
-    right = []
-    for line in (chain["data"] / "train-conversations.jsonl").read_text().splitlines():
+    for line in (chain["data"] / "train-conversations.jsonl").read_text().splitlines()[:2]:
         user, assistant = json.loads(line)["messages"][:2]
         (clip,) = (entry["path"] for entry in user["content"] if entry["type"] == "video")
         (question,) = (entry["text"] for entry in user["content"] if entry["type"] == "text")
@@ -169,8 +172,7 @@ def test_memorised_clips_are_answered(chain):
         )  # fmt: skip
         outputs = model.generate(**inputs, max_new_tokens=20, do_sample=False)
         (answer,) = processor.post_process_image_text_to_text(outputs[:, inputs["input_ids"].shape[1] :])
-        right.append(answer == assistant["content"][0]["text"])
-    assert np.mean(right) >= 0.75
+        assert answer == assistant["content"][0]["text"]
 
 
 def test_shipped_file_leaves_the_decoder_out_and_training_left_it_alone(chain):
@@ -204,12 +206,18 @@ def test_evaluation_goes_on_and_asks_what_a_user_would(chain, tmp_path, capsys):
     assert report["verdicts"]["text alone: the bare decoder's tokens"]
     assert "| object | 2 |" in capsys.readouterr().out
 
-    # Interrupted in the middle of a line: the rest is asked again, and the result is the same
+    # Interrupted in the middle of a line: what is missing is asked again, and nothing else
     (answers,) = tmp_path.glob("seed-1/answers-*.jsonl")
-    whole = answers.read_text()
-    answers.write_text(whole[: len(whole) // 2])
-    assert evaluate.main(options) == rows
-    assert sorted(answers.read_text().splitlines()) == sorted(whole.splitlines())
+    lines = answers.read_text().splitlines()
+    answers.write_text("\n".join([*lines[:10], lines[10][:20]]))
+    evaluate.main(options)
+    resumed = answers.read_text().splitlines()
+    assert resumed[:10] == lines[:10]
+
+    def asked_in(lines: list[str]) -> list[tuple[str, int, str]]:
+        return sorted((row["condition"], row["clip"], row["question"]) for row in map(json.loads, lines))
+
+    assert asked_in(resumed) == asked_in(lines)
 
     # The prompt made for cached features is that of the file
     model, processor = load_model(chain["cache"], chain["model"])
@@ -250,7 +258,7 @@ def test_scoring():
     assert evaluate.named_option("The bee turns red.", item) == "It turns red."
     # Wilson's interval, as tables have it
     assert evaluate.wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert evaluate.wilson(0, 500)[0] == 0.0 and evaluate.wilson(500, 500)[1] == 1.0
+    assert evaluate.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
 
 
 def test_decoder_is_unpacked_from_gguf(tmp_path):

@@ -26,7 +26,7 @@ from transformers_videollama.training.checkpoints import (
 )
 
 WEIGHTS = "trained_part.safetensors"
-TIME_LIMIT = 120.0  # seconds, after which something hangs
+TIME_LIMIT = 600.0  # seconds, after which something hangs
 
 
 def write_checkpoint(folder: Path, step: int) -> Path:

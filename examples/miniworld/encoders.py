@@ -274,7 +274,11 @@ def train_imagebind(
     batch_size: int,
     seed: int,
 ) -> None:
-    """Trains ImageBind's towers; every batch is half frames, half sounds, with every kind about as often."""
+    """
+    Trains ImageBind's towers; every batch is half frames, half sounds, with every kind about as often. Like ImageBind's own,
+    the vision tower starts from an image encoder that is trained already: the frame encoder.
+    """
+    copy_image_encoder(model)
     model.set_trainable(["audio_tower", "audio_vision_tower"])
     model.train()
     towers = nn.ModuleDict({"sound": model.model.audio_tower, "frames": model.model.audio_vision_tower})
@@ -287,7 +291,8 @@ def train_imagebind(
         places[name] = [np.argwhere(labels == label) for label in range(NOTHING + 1)]
 
     def draw(name: str, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        labels = rng.integers(NOTHING + 1, size=batch_size // 2)
+        present = np.array([label for label, found in enumerate(places[name]) if len(found)])
+        labels = rng.choice(present, size=batch_size // 2)
         rows = np.stack([places[name][label][rng.integers(len(places[name][label]))] for label in labels])
         return torch.from_numpy(clips[name][rows[:, 0], rows[:, 1]]), torch.from_numpy(labels)
 
@@ -305,6 +310,23 @@ def train_imagebind(
         "ImageBind", parameters, loss_at, towers.state_dict, towers.load_state_dict, work / "imagebind.pt", steps, 1e-3
     )
     model.eval()
+
+
+@torch.no_grad()
+def copy_image_encoder(model: VideoLlamaForConditionalGeneration) -> None:
+    """Starts ImageBind's vision tower from the frame encoder, which differs in what happens before the first layer."""
+    source, target = model.model.vision_tower, model.model.audio_vision_tower
+    target.encoder.load_state_dict(
+        source.encoder.state_dict(), strict=False
+    )  # has biases of keys, which change nothing
+    target.post_layernorm.load_state_dict(source.post_layernorm.state_dict())
+    target.embeddings.class_embedding.copy_(source.embeddings.class_embedding)
+    patches, repeats = source.embeddings.patch_embedding, target.config.temporal_patch_size
+    target.embeddings.patch_embedding.weight.copy_(
+        patches.weight.unsqueeze(2).expand(-1, -1, repeats, -1, -1) / repeats
+    )
+    target.embeddings.position_embedding.copy_(source.embeddings.position_embedding)
+    target.embeddings.position_embedding[:, 1:] += patches.bias  # of which the target's patches have none
 
 
 @torch.no_grad()

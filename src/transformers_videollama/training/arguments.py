@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]
 from transformers import HfArgumentParser, TrainingArguments
 
 BRANCHES = ("video", "audio")
@@ -202,13 +202,13 @@ def parse_arguments(
         SystemExit: from `argparse`, for unknown flags.
     """
     parser = HfArgumentParser(
-        (ModelArguments, DataArguments, VideoLlamaTrainingArguments),  # type: ignore[arg-type]
+        (ModelArguments, DataArguments, VideoLlamaTrainingArguments),
         prog="train.py",
         description="Trains a branch of Video-LLaMA. Every flag can stand in the YAML file as well, without its dashes.",
         allow_abbrev=False,
         formatter_class=argparse.HelpFormatter,
     )
-    types = {}
+    types: dict[str, Any] = {}
     for action in parser._actions:
         types.setdefault(action.dest, action.type)
         action.default = argparse.SUPPRESS  # only what was given on the command line may override the file

@@ -78,7 +78,7 @@ def get_published_schedule(
 def _fraction_of_peak(step: int, learning_rate: float, **kwargs: float) -> float:
     if learning_rate == 0:
         return 0.0
-    return published_learning_rate(step, learning_rate=learning_rate, **kwargs) / learning_rate  # type: ignore[arg-type]
+    return published_learning_rate(step, learning_rate=learning_rate, **kwargs) / learning_rate
 
 
 def get_decay_parameter_names(model: nn.Module) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import logging
 
 from ..modeling_video_llama import VideoLlamaForConditionalGeneration
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> VideoLlamaTrainer:
 
     processor = VideoLlamaProcessor.from_pretrained(model_args.model)
     model = load_model(model_args, args, on_frames=data_args.feature_cache is None)
-    dataset, collator = load_data(data_args, model_args.branch, args, processor)
+    dataset, collator = load_data(data_args, model_args.branch, args, processor, model)
     trainer = VideoLlamaTrainer(
         model=model, args=args, train_dataset=dataset, data_collator=collator, processing_class=processor
     )
@@ -104,6 +105,8 @@ def load_model(
             Whether the branch will see frames, not features of a cache: for the audio branch these need ImageBind's vision
             tower.
     """
+    # DeepSpeed shards the model once it is complete: of a sharded one nothing can be cast or loaded. The trainer sets this again
+    unset_hf_deepspeed_config()
     computation = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     model = VideoLlamaForConditionalGeneration.from_pretrained(
         model_args.model,
@@ -150,29 +153,33 @@ def load_data(
     branch: str,
     args: VideoLlamaTrainingArguments,
     processor: VideoLlamaProcessor,
+    model: VideoLlamaForConditionalGeneration,
 ) -> tuple[Any, Any]:
     """
     The data sets, mixed by their weights, and the collator.
 
     Raises:
-        ValueError: if the data are streamed and `max_steps` does not say when to stop.
+        ValueError: if the feature cache was made by other encoders or settings; if the data are streamed and `max_steps` does not say when to stop.
     """
     cache = None
     if data_args.feature_cache is not None:
         cache = FeatureCache(data_args.feature_cache)
         cache.check_processor(processor, data_args.num_frames, data_args.sampling)
+        cache.check_model(model)
+        if data_args.random_resized_crop:
+            logger.warning("The feature cache is of whole frames: nothing is cropped, despite `random_resized_crop`.")
     builder = SampleBuilder(
         processor,
-        branch=branch,  # type: ignore[arg-type]
-        text_format=data_args.text_format,  # type: ignore[arg-type]
-        sampling=data_args.sampling,  # type: ignore[arg-type]
+        branch=branch,
+        text_format=data_args.text_format,
+        sampling=data_args.sampling,
         num_frames=data_args.num_frames,
         random_resized_crop=data_args.random_resized_crop,
         max_length=data_args.max_length,
         feature_cache=cache,
     )
     settings: dict[str, Any] = {
-        "sources": [Source(**entry) for entry in data_args.datasets],  # type: ignore[arg-type, union-attr]
+        "sources": [Source(**entry) for entry in data_args.datasets],
         "builder": builder,
         "seed": args.seed if args.data_seed is None else args.data_seed,
         "max_bad_fraction": data_args.max_bad_fraction,

@@ -15,11 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
+from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import HubStrategy
@@ -58,10 +62,14 @@ class VideoLlamaTrainer(Trainer):
     """
 
     args: VideoLlamaTrainingArguments
+    optimizer: Any
+    lr_scheduler: Any
 
     def __init__(self, model: Any = None, args: Any = None, **kwargs: Any):
         self._check_trainable(model)
         super().__init__(model=model, args=args, **kwargs)
+        if self.is_fsdp_enabled:
+            self._choose_sharding(self.model)
         self._throughput = _Throughput()
         self._num_batches_done = 0  # of a stream, before the checkpoint that is resumed from
         self.add_callback(_DataEpochCallback(self))
@@ -82,6 +90,36 @@ class VideoLlamaTrainer(Trainer):
                 "adapter only: choose a branch with `model.set_trainable`."
             )
 
+    # Sharding
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the library's, and FSDP shards on CPUs as well, where `accelerate` would pass over it without a word."""
+        state = PartialState()
+        wants_fsdp = self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+        if wants_fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+            # One of the types that `accelerate` makes `FSDP` of
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
+
+    def _choose_sharding(self, model: Any) -> None:
+        """What FSDP shards as one unit, unless its configuration says so, and in which number formats."""
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.transformer_cls_names_to_wrap is None:
+            # Only those that there are: not every model has a tower for sound, and `accelerate` insists on all
+            present = {type(module).__name__ for module in model.modules()}
+            names = sorted(present & set(model._no_split_modules))
+            # Attention is a part of a layer, too small to be worth a message of its own
+            plugin.transformer_cls_names_to_wrap = [name for name in names if not name.endswith("Attention")]
+        if plugin.ignored_modules is None:
+            # Numbers cannot be sharded: ImageBind's scale is one, and frozen
+            numbers = nn.ParameterList(parameter for parameter in model.parameters() if parameter.dim() == 0)
+            plugin.ignored_modules = [numbers.to(self.accelerator.device)]
+        if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+            # `accelerate` would also sum gradients, and round the loss, in the format of the computation
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32
+            )
+
     # Optimiser
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
@@ -91,8 +129,8 @@ class VideoLlamaTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The library's optimizer on the trainable parameters, and on nothing else."""
         if self.optimizer is None:
-            super().create_optimizer(model)
-            held = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+            optimizer: Any = super().create_optimizer(model)
+            held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             trained = {id(p) for p in (self.model if model is None else model).parameters() if p.requires_grad}
             assert held == trained, "The optimizer must hold the trainable parameters and nothing else."
         return self.optimizer
@@ -247,10 +285,24 @@ class VideoLlamaTrainer(Trainer):
         if has_adapter(target):
             load_adapter_weights(target, resume_from_checkpoint)
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
+        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # The library would look for the frozen parameters in DeepSpeed's checkpoint, too
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """By parameter names and with whole tensors, so that a run may be resumed with another sharding."""
+        """
+        By parameter names and with whole tensors, so that a run may be resumed with another sharding. With DeepSpeed its
+        own files, which need as many processes as wrote them.
+        """
         if self.is_deepspeed_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
+            self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
             return
         names = self._parameter_names()
         optimizer = self.optimizer
@@ -451,7 +503,11 @@ def load_adapter_weights(model: Any, folder: str | os.PathLike) -> None:
 
 def _whole(value: Any) -> Any:
     """A tensor that may be sharded over processes, put together on the CPU; anything else as it is."""
-    if isinstance(value, DTensor):
+    if hasattr(value, "ds_id") or hasattr(value, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        value = safe_get_full_fp32_param(value)
+    elif isinstance(value, DTensor):
         value = value.full_tensor()
     return value.detach().cpu() if isinstance(value, torch.Tensor) else value
 
