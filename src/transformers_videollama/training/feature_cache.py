@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-import yaml  # type: ignore[import-untyped]
+import yaml
 from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
