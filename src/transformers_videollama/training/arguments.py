@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 BRANCHES = ("video", "audio")
