@@ -230,4 +230,4 @@ def test_a_checkpoint_without_its_decoder(tmp_path):
         VideoLlamaModel.from_pretrained(tmp_path / "model").language_model.norm.weight, decoder.model.norm.weight
     )
     half = VideoLlamaForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in half.model.language_model.parameters()} == {torch.bfloat16}

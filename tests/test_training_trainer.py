@@ -47,11 +47,11 @@ def first_gradients(trainer: VideoLlamaTrainer) -> dict[str, torch.Tensor]:
 
 def assert_close(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
     assert first.keys() == second.keys() and first
+    largest = max(gradient.norm() for gradient in second.values())
     for name in first:
-        scale = float(second[name].abs().max())
-        torch.testing.assert_close(
-            first[name], second[name], rtol=0, atol=1e-5 * scale, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        # A key's bias adds the same to all scores of a query: its true gradient is zero, and both sides hold rounding.
+        scale = largest if name.endswith("key.bias") else second[name].norm()
+        assert (first[name] - second[name]).norm() <= 1e-4 * scale, name
 
 
 @pytest.mark.parametrize("branch", ["video", "audio"])

@@ -159,8 +159,8 @@ _SMOLLM2 = """
 {%- set placeholders = {'image': image_token or '<image>', 'video': video_token or '<video>', 'audio': audio_token or '<audio>'} -%}
 {%- set chat = namespace(media=false) -%}
 {%- for message in messages -%}
-  {%- if message['content'] is not string -%}
-    {%- for entry in message['content'] or [] -%}
+  {%- if message['content'] and message['content'] is not string -%}
+    {%- for entry in message['content'] -%}
       {%- if entry['type'] in placeholders -%}
         {%- set chat.media = true -%}
       {%- endif -%}
@@ -174,8 +174,8 @@ _SMOLLM2 = """
   {%- set ns = namespace(text='', sounds='', sights='') -%}
   {%- if message['content'] is string -%}
     {%- set ns.text = message['content'] -%}
-  {%- else -%}
-    {%- for entry in message['content'] or [] -%}
+  {%- elif message['content'] -%}
+    {%- for entry in message['content'] -%}
       {%- if entry['type'] == 'text' -%}
         {%- set ns.text = ns.text ~ (' ' if ns.text else '') ~ entry['text'] -%}
       {%- elif entry['type'] == 'audio' -%}
