@@ -252,13 +252,13 @@ class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
         if quantization_config is not None:
             quantization_config = _skip_media_parts(quantization_config)
         kwargs["quantization_config"] = quantization_config
-        config = kwargs.pop("config", None)
+        config = given = kwargs.pop("config", None)
         if config is None and pretrained_model_name_or_path is not None:
             hub_options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
             config = VideoLlamaConfig.from_pretrained(pretrained_model_name_or_path, **hub_options)
         text_model = text_model or getattr(config, "text_model", None)
         if text_model is None or pretrained_model_name_or_path is None:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+            return super().from_pretrained(pretrained_model_name_or_path, *args, config=given, **kwargs)
         return cls._from_pretrained_with_decoder(pretrained_model_name_or_path, config, text_model, **kwargs)
 
     @classmethod
