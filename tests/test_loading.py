@@ -229,5 +229,7 @@ def test_a_checkpoint_without_its_decoder(tmp_path):
     assert torch.equal(
         VideoLlamaModel.from_pretrained(tmp_path / "model").language_model.norm.weight, decoder.model.norm.weight
     )
+    long = VideoLlamaForConditionalGeneration.from_pretrained(tmp_path / "model", interpolate_frame_positions=True)
+    assert long.config.interpolate_frame_positions and torch.equal(long.lm_head.weight, model.lm_head.weight)
     half = VideoLlamaForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.model.language_model.parameters()} == {torch.bfloat16}

@@ -259,6 +259,11 @@ class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
         text_model = text_model or getattr(config, "text_model", None)
         if text_model is None or pretrained_model_name_or_path is None:
             return super().from_pretrained(pretrained_model_name_or_path, *args, config=given, **kwargs)
+        if given is None:  # what belongs to the configuration is set there, as the library does
+            config, kwargs = VideoLlamaConfig.from_pretrained(
+                pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
+            )
+            kwargs |= hub_options
         return cls._from_pretrained_with_decoder(pretrained_model_name_or_path, config, text_model, **kwargs)
 
     @classmethod
@@ -274,8 +279,7 @@ class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
                 weights[key.replace("model.", "model.language_model.", 1) if key.startswith("model.") else key] = (
                     tensor
                 )
-        kwargs["config"] = config
-        model = super().from_pretrained(None, state_dict=weights, **kwargs)
+        model = super().from_pretrained(None, state_dict=weights, config=config, **kwargs)
         model.name_or_path = model.config._name_or_path = os.fspath(name)
         if model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(name, **hub_options)
