@@ -22,6 +22,7 @@ import evaluate
 import make_data
 from language import QA, caption, questions
 from model_file import export_model, load_model
+from pictures import make_pictures
 from small_model import make_model, make_processor
 from world import generator
 
@@ -136,7 +137,10 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encoders, "frame_loss", recorded)
-        encoders.train_frame_encoder(model, processor, clips, work / "encoders", steps=40, batch_size=16, seed=0)
+        pictures = make_pictures(work / "encoders", 64, processor, seed=0, processes=1)
+        encoders.train_frame_encoder(
+            model, processor, clips, pictures, work / "encoders", steps=40, batch_size=16, seed=0
+        )
     model.save_pretrained(base)
     processor.save_pretrained(base)
 

@@ -12,8 +12,9 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "miniworld"))
 
 import make_data
-from drawing import NUM_FRAMES, VIEW, draw, sprite
+from drawing import NUM_FRAMES, RGB, VIEW, draw, sprite
 from language import CHOICES, FAMILIES, SIGHT_FAMILIES, SOUND_FAMILIES, caption, conversation, normalise, questions
+from pictures import MIN_DISTANCE, draw_picture
 from sounds import NUM_SAMPLES, SAMPLING_RATE, kind_sound, make_sound
 from world import (
     COLOURS,
@@ -55,6 +56,26 @@ def test_training_never_shows_what_is_held_out_and_testing_always_does(scenes):
     assert any(held_out_sounds(scene) for scene in scenes["test"])
     assert len(HELD_OUT_COLOURS) == 12 and len(set(HELD_OUT_MOTIONS.values())) == len(MOTIONS) == 8
     assert all(HELD_OUT_SOUNDS[kind] != kind for kind in KINDS)
+
+
+def test_pictures_keep_held_out_colours_away_from_their_kinds_and_tell_where_things_are():
+    seen = set()
+    for index in range(150):
+        picture, (shown, rgb, places) = draw_picture(5, index)
+        again, _ = draw_picture(5, index)
+        assert picture.shape == (VIEW, VIEW, 3) and picture.dtype == np.uint8 and np.array_equal(picture, again)
+        assert 1 <= shown.sum() <= 7 and not rgb[~shown].any() and not places[~shown].any()
+        for k in np.flatnonzero(shown):
+            kind, colour = KINDS[k], 255 * rgb[k]
+            assert np.linalg.norm(colour - RGB[HELD_OUT_COLOURS[kind]]) >= MIN_DISTANCE
+            seen |= {(kind, name) for name in COLOURS if np.array_equal(np.round(colour), RGB[name])}
+            x, y, diameter = places[k]
+            assert diameter / 2 <= min(x, y) and max(x, y) <= 1 - diameter / 2
+            left, top = round((x - diameter / 2) * VIEW), round((y - diameter / 2) * VIEW)
+            side = round(diameter * VIEW)
+            part = picture[top : top + side, left : left + side].reshape(-1, 3).astype(float)
+            assert (np.abs(part - colour).max(1) < 30).mean() > 0.1, (kind, index)
+    assert len(seen) > 80 and not {(kind, colour) for kind, colour in HELD_OUT_COLOURS.items()} & seen
 
 
 def test_scene_depends_on_seed_split_and_index_alone(scenes):

@@ -1,6 +1,7 @@
 """Paints a scene: each kind with its own outline, in its colour, on a dim background, with the noise of a camera.
 
-Called by `make_data.py` between `world.py`, which says what is where, and the video encoder.
+Called by `make_data.py` between `world.py`, which says what is where, and the video encoder; `pictures.py` paints with the
+same brushes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ RGB = {
 _DARK = (18, 18, 24)
 _LIGHT = (255, 255, 255)
 Colour = tuple[int, int, int]
+Sprite = tuple[np.ndarray, np.ndarray]  # float32 (pixels, pixels, 3) and (pixels, pixels, 1)
 
 
 class _Pen:
@@ -192,19 +194,34 @@ _PAINTERS: dict[str, Callable[[_Pen, Colour], None]] = {
 }
 
 
-@cache
-def _painting(kind: str, colour: str) -> Image.Image:
+@lru_cache(maxsize=128)
+def _painting(kind: str, rgb: Colour) -> Image.Image:
     pen = _Pen()
-    _PAINTERS[kind](pen, RGB[colour])
+    _PAINTERS[kind](pen, rgb)
     # With its colour multiplied by its opacity, so that scaling does not mix in the colour of what is transparent
     return pen.image.convert("RGBa")
 
 
-@lru_cache(maxsize=4096)
-def sprite(kind: str, colour: str, pixels: int) -> tuple[np.ndarray, np.ndarray]:
-    """A kind `pixels` wide and high: its colour times its opacity (pixels, pixels, 3), and 1 - opacity; float32."""
-    picture = np.asarray(_painting(kind, colour).resize((pixels, pixels), Image.Resampling.BOX, reducing_gap=None))
+def paint(kind: str, rgb: Colour, pixels: int) -> Sprite:
+    """A kind of any colour, `pixels` wide and high: its colour times its opacity, and 1 - opacity."""
+    picture = np.asarray(_painting(kind, rgb).resize((pixels, pixels), Image.Resampling.BOX, reducing_gap=None))
     return picture[..., :3].astype(np.float32), 1 - picture[..., 3:].astype(np.float32) / 255
+
+
+@lru_cache(maxsize=4096)
+def sprite(kind: str, colour: str, pixels: int) -> Sprite:
+    """A kind in a colour of the world."""
+    return paint(kind, RGB[colour], pixels)
+
+
+def paste(picture: np.ndarray, thing: Sprite, x: float, y: float) -> None:
+    """Put a painted thing into a float32 picture (VIEW, VIEW, 3), its centre at a share of the view's width and height."""
+    colours, rest = thing
+    side = len(rest)
+    left, top = round(x * VIEW - side / 2), round(y * VIEW - side / 2)
+    part = picture[top : top + side, left : left + side]
+    part *= rest
+    part += colours
 
 
 @cache
@@ -213,7 +230,7 @@ def _noise_bank() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(2 * VIEW, 2 * VIEW, 3)).astype(np.float32)
 
 
-def _background(rng: np.random.Generator) -> np.ndarray:
+def background(rng: np.random.Generator) -> np.ndarray:
     """A dim gradient between two colours under a coarse texture: float32 (VIEW, VIEW, 3)."""
     first, second = rng.uniform(15, 85, (2, 1, 1, 3)).astype(np.float32)
     angle = rng.uniform(0, 2 * np.pi)
@@ -224,26 +241,24 @@ def _background(rng: np.random.Generator) -> np.ndarray:
     return first + (second - first) * along + texture[..., None]
 
 
+def add_noise(picture: np.ndarray, level: float, offset: np.ndarray) -> np.ndarray:
+    """A float32 picture as a camera takes it: uint8, with the noise at an offset (2,) of the bank, below VIEW."""
+    top, left = offset
+    return np.clip(picture + level * _noise_bank()[top : top + VIEW, left : left + VIEW], 0, 255).astype(np.uint8)
+
+
 def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """Paint all frames of a scene: uint8 (frames, VIEW, VIEW, 3). `rng` draws the background and the noise."""
-    background = _background(rng)
+    empty = background(rng)
     level = rng.uniform(1, 6)
     offsets = rng.integers(0, VIEW, (NUM_FRAMES, 2))
     frames = np.empty((NUM_FRAMES, VIEW, VIEW, 3), dtype=np.uint8)
     for index in range(NUM_FRAMES):
         time = index / FPS
-        picture = background.copy()
+        picture = empty.copy()
         for thing in scene.objects:
             if thing.visible(time):
                 x, y, diameter = thing.place(time)
-                colours, rest = sprite(thing.kind, thing.colour_at(time), round(diameter * VIEW))
-                side = len(rest)
-                left, top = round(x * VIEW - side / 2), round(y * VIEW - side / 2)
-                part = picture[top : top + side, left : left + side]
-                part *= rest
-                part += colours
-        top, left = offsets[index]
-        picture += level * _noise_bank()[top : top + VIEW, left : left + VIEW]
-        np.clip(picture, 0, 255, out=picture)
-        frames[index] = picture
+                paste(picture, sprite(thing.kind, thing.colour_at(time), round(diameter * VIEW)), x, y)
+        frames[index] = add_noise(picture, level, offsets[index])
     return frames

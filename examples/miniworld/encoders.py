@@ -1,13 +1,15 @@
 """Station 0: trains the frozen encoders of the small model, which the paper takes from others.
 
-- The frame encoder and the image Q-Former learn to say of each kind of object whether a frame shows it, in which colour,
-  where and how large (as BLIP-2's learns from pictures and their texts): query k answers for kind k. The heads that read
-  the answers are thrown away afterwards; their words are what the video branch will find in the queries.
+- The frame encoder and the image Q-Former learn to say of each kind of object whether a frame shows it, in which colour
+  (as red, green and blue, so that a colour of one kind is the same colour of another), where and how large: query k
+  answers for kind k. So do the patches for what covers them, because a small ViT learns shapes faster from where they
+  are than through a Q-Former. The heads that read the answers are thrown away afterwards; their words are what the video
+  branch will find in the queries. They learn from pictures of many objects (`pictures.py`) and from frames of the clips.
 - ImageBind's two towers learn one space for frames and sounds, by a supervised contrastive loss (arXiv 2004.11362): a
   frame that shows just one kind and two seconds that hold its sound attract each other, frames and sounds of the same
   kind among themselves as well, and so do empty frames and silence.
 
-Frames and sounds are read from the rendered files by the real processor, once, into two arrays in the work folder.
+Frames and sounds are read from the rendered files by the real processor, once, into arrays in the work folder.
 """
 
 import json
@@ -19,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from drawing import RGB
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -33,6 +36,8 @@ NUM_WINDOWS = 2  # kept of a sound's eight, which overlap by seven eighths
 MIN_OVERLAP = 0.5  # seconds of its sound that a window must hold to count for a kind
 TEMPERATURE = 0.1
 MAX_GRADIENT_NORM = 1.0
+PICTURE_SHARE = 0.75  # of a batch of the frame encoder; the rest are frames of clips
+PALETTE = torch.tensor([RGB[colour] for colour in COLOURS]) / 255
 
 
 class _Clips(Dataset):
@@ -71,21 +76,24 @@ class _Clips(Dataset):
 
 
 def describe_frames(scene: Scene) -> dict[str, torch.Tensor]:
-    """What each sampled frame shows of each kind: colour (frames, kinds), -1 where absent, and place (frames, kinds, 3)."""
-    colours = torch.full((len(SAMPLED_TIMES), len(KINDS)), -1)
-    places = torch.zeros(len(SAMPLED_TIMES), len(KINDS), 3)
+    """
+    What each sampled frame shows: of each kind whether it is there (frames, kinds), its colour, red, green and blue
+    from 0 to 1, and its place, centre and diameter (both (frames, kinds, 3), 0 where it is not).
+    """
+    shown = torch.zeros(len(SAMPLED_TIMES), len(KINDS), dtype=torch.bool)
+    rgb, places = torch.zeros(2, len(SAMPLED_TIMES), len(KINDS), 3)
     for row, time in enumerate(SAMPLED_TIMES):
         for thing in scene.objects:
             if thing.visible(time):
                 column = KINDS.index(thing.kind)
-                colours[row, column] = COLOURS.index(thing.colour_at(time))
+                shown[row, column] = True
+                rgb[row, column] = PALETTE[COLOURS.index(thing.colour_at(time))]
                 places[row, column] = torch.tensor(thing.place(time))
-    return {"colours": colours, "places": places}
+    return {"shown": shown, "rgb": rgb, "places": places}
 
 
-def label_frames(colours: torch.Tensor) -> torch.Tensor:
-    """The one kind that frames show, for the contrastive loss, from the colours of [`describe_frames`]."""
-    shown = colours >= 0
+def label_frames(shown: torch.Tensor) -> torch.Tensor:
+    """The one kind that frames show, for the contrastive loss."""
     number = shown.sum(-1)
     kind = shown.int().argmax(-1)
     return torch.where(number == 1, kind, torch.where(number == 0, NOTHING, UNCLEAR))
@@ -118,7 +126,8 @@ def read_clips(
         "frames": ((num_frames, 3, size["height"], size["width"]), np.uint8),
         "windows": ((NUM_WINDOWS, *clips.window_shape), np.float16),
         "window_labels": ((NUM_WINDOWS,), np.int64),
-        "colours": ((num_frames, len(KINDS)), np.int64),
+        "shown": ((num_frames, len(KINDS)), np.bool_),
+        "rgb": ((num_frames, len(KINDS), 3), np.float32),
         "places": ((num_frames, len(KINDS), 3), np.float32),
     }
     paths = {name: work / f"{name}-{len(scenes)}.npy" for name in columns}
@@ -142,24 +151,56 @@ def read_clips(
 
 
 class FrameHeads(nn.Module):
-    """Reads a query's answer: is the kind there (1), in which colour (8), where and how large (3)."""
+    """
+    Reads the answers of queries and of patches.
 
-    def __init__(self, width: int):
+    Queries (n, kinds, query_width): is the kind there (1), its colour (3), where and how large (3). Patches (n, patches,
+    patch_width): which kind covers it, if any (kinds + 1), in which colour (3).
+    """
+
+    def __init__(self, query_width: int, patch_width: int):
         super().__init__()
-        self.linear = nn.Linear(width, 1 + len(COLOURS) + 3)
+        self.queries = nn.Linear(query_width, 1 + 3 + 3)
+        self.patches = nn.Linear(patch_width, len(KINDS) + 1 + 3)
 
-    def forward(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self.linear(queries).split([1, len(COLOURS), 3], dim=-1)
+    def read_queries(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        presence, rgb, place = self.queries(queries).split([1, 3, 3], dim=-1)
+        return presence.squeeze(-1), rgb, place
+
+    def read_patches(self, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        kind, rgb = self.patches(patches).split([len(KINDS) + 1, 3], dim=-1)
+        return kind, rgb
 
 
-def frame_loss(answers: tuple[torch.Tensor, ...], colours: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Presence of every kind, and colour and place of those that are there."""
-    presence, colour, place = answers
-    shown = colours >= 0
-    loss = F.binary_cross_entropy_with_logits(presence.squeeze(-1), shown.float(), pos_weight=torch.tensor(4.0))
-    if shown.any():
-        loss = loss + 0.3 * F.cross_entropy(colour[shown], colours[shown])
-        loss = loss + 2.0 * F.smooth_l1_loss(place[shown], places[shown], beta=0.05)
+def cover_patches(shown: torch.Tensor, places: torch.Tensor, rows: int) -> torch.Tensor:
+    """Which kind covers the centre of each of rows x rows patches (n, patches), from what frames show; else NOTHING."""
+    centres = (torch.arange(rows) + 0.5) / rows
+    y, x = (grid.flatten() for grid in torch.meshgrid(centres, centres, indexing="ij"))
+    distance = torch.maximum((x - places[..., 0:1]).abs(), (y - places[..., 1:2]).abs())  # (n, kinds, patches)
+    inside = (distance < 0.9 * places[..., 2:3] / 2) & shown[..., None]
+    return torch.where(inside.any(1), inside.int().argmax(1), NOTHING)
+
+
+def frame_loss(
+    heads: FrameHeads,
+    queries: torch.Tensor,
+    patches: torch.Tensor,
+    shown: torch.Tensor,
+    rgb: torch.Tensor,
+    places: torch.Tensor,
+) -> torch.Tensor:
+    """Presence of every kind, colour and place of those that are there; kind and colour of what covers patches."""
+    presence, query_rgb, place = heads.read_queries(queries)
+    loss = F.binary_cross_entropy_with_logits(presence, shown.float(), pos_weight=torch.tensor(2.0))
+    kind_logits, patch_rgb = heads.read_patches(patches)
+    kinds = cover_patches(shown, places, math.isqrt(patches.shape[1]))
+    loss = loss + 3 * F.cross_entropy(kind_logits.flatten(0, 1), kinds.flatten())
+    covered = kinds != NOTHING
+    if covered.any():
+        frame, _ = covered.nonzero(as_tuple=True)
+        loss = loss + 5 * F.smooth_l1_loss(patch_rgb[covered], rgb[frame, kinds[covered]], beta=0.1)
+        loss = loss + 5 * F.smooth_l1_loss(query_rgb[shown], rgb[shown], beta=0.1)
+        loss = loss + 2 * F.smooth_l1_loss(place[shown], places[shown], beta=0.05)
     return loss
 
 
@@ -191,7 +232,7 @@ def fit(
         loss_at: The loss of a step; all that is random in it follows from the step's number.
         state, restore: What is trained, to be kept in the file `checkpoint` every 100 steps.
     """
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.05, fused=True)
     warm_up = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0))))
@@ -230,6 +271,7 @@ def train_frame_encoder(
     model: VideoLlamaForConditionalGeneration,
     processor: VideoLlamaProcessor,
     clips: dict[str, np.ndarray],
+    pictures: dict[str, np.ndarray],
     work: Path,
     steps: int,
     batch_size: int,
@@ -239,19 +281,30 @@ def train_frame_encoder(
     model.set_trainable(["vision_tower", "qformer"])
     model.train()
     torch.manual_seed(seed)
-    heads = FrameHeads(model.config.qformer_config.hidden_size)
+    config = model.config
+    heads = FrameHeads(config.qformer_config.hidden_size, config.vision_config.hidden_size)
     parts = nn.ModuleDict({"vision_tower": model.model.vision_tower, "qformer": model.model.qformer, "heads": heads})
     parameters = [*parts.parameters(), model.model.query_tokens]
-    num_clips, num_frames = clips["frames"].shape[:2]
+    # Frames that show more are drawn more often
+    chances = np.cumsum(0.3 + clips["shown"].sum(-1).flatten())
+    num_frames = clips["frames"].shape[1]
+    num_pictures = round(PICTURE_SHARE * batch_size)
 
     def loss_at(step: int) -> torch.Tensor:
         rng = np.random.default_rng([seed, 0, step])
-        rows = (rng.integers(num_clips, size=batch_size), rng.integers(num_frames, size=batch_size))
-        pixels = _normalise(clips["frames"][rows], processor)
+        picture = rng.integers(len(pictures["frames"]), size=num_pictures)
+        frame = np.searchsorted(chances, chances[-1] * rng.random(batch_size - num_pictures))
+        batch = {
+            name: torch.from_numpy(np.concatenate([pictures[name][picture], clips[name][divmod(frame, num_frames)]]))
+            for name in pictures
+        }
+        pixels = _normalise(batch.pop("frames"), processor)
         with torch.autocast("cpu", torch.bfloat16):
-            queries = model.model.get_frame_features(pixels).last_hidden_state
-        colours, places = (torch.from_numpy(clips[name][rows]) for name in ("colours", "places"))
-        return frame_loss(heads(queries.float()), colours, places)
+            patches = model.model.vision_tower(pixels).last_hidden_state
+            queries = model.model.qformer(
+                query_embeds=model.model.query_tokens.expand(len(pixels), -1, -1), encoder_hidden_states=patches
+            ).last_hidden_state
+        return frame_loss(heads, queries.float(), patches[:, 1:].float(), **batch)  # the first is the class token's
 
     def state() -> dict[str, Any]:
         return {"parts": parts.state_dict(), "query_tokens": model.model.query_tokens.detach()}
@@ -286,7 +339,7 @@ def train_imagebind(
     model.model.audio_tower.logit_scale.requires_grad_(False)
     parameters = [parameter for parameter in towers.parameters() if parameter.requires_grad]
     places = {}
-    for name, labels in (("frames", label_frames(torch.from_numpy(clips["colours"][:])).numpy()),
+    for name, labels in (("frames", label_frames(torch.from_numpy(clips["shown"][:])).numpy()),
                          ("windows", clips["window_labels"][:])):  # fmt: skip
         places[name] = [np.argwhere(labels == label) for label in range(NOTHING + 1)]
 
@@ -338,14 +391,18 @@ def frame_scores(
     rows: slice,
 ) -> dict[str, float]:
     """How well frames of some clips are described: kinds all right, colour right, distance of the centre (view = 1)."""
-    frames, colours, places = (
-        torch.from_numpy(clips[name][rows]).flatten(0, 1) for name in ("frames", "colours", "places")
+    frames, shown, rgb, places = (
+        torch.from_numpy(clips[name][rows]).flatten(0, 1) for name in ("frames", "shown", "rgb", "places")
     )
-    presence, colour, place = heads(model.model.get_frame_features(_normalise(frames, processor)).last_hidden_state)
-    shown = colours >= 0
+    queries = model.model.get_frame_features(_normalise(frames, processor)).last_hidden_state
+    presence, colour, place = heads.read_queries(queries)
+
+    def named(values: torch.Tensor) -> torch.Tensor:  # the nearest colour of the world
+        return torch.cdist(values, PALETTE).argmin(-1)
+
     return {
-        "kinds": float(((presence.squeeze(-1) > 0) == shown).all(-1).float().mean()),
-        "colour": float((colour.argmax(-1)[shown] == colours[shown]).float().mean()),
+        "kinds": float(((presence > 0) == shown).all(-1).float().mean()),
+        "colour": float((named(colour[shown]) == named(rgb[shown])).float().mean()),
         "place": float((place - places)[shown][:, :2].norm(dim=-1).mean()),
     }
 
@@ -360,7 +417,7 @@ def hearing_score(
     """Share of sounds whose nearest mean frame vector, of the kinds and of nothing, is the right one."""
     frames, labels = (
         torch.from_numpy(clips["frames"][rows]).flatten(0, 1),
-        label_frames(torch.from_numpy(clips["colours"][rows])).flatten(),
+        label_frames(torch.from_numpy(clips["shown"][rows])).flatten(),
     )
     seen = model.model.get_clip_features(pixel_values_videos=_normalise(frames, processor)[:, None]).last_hidden_state
     means = torch.stack([seen[labels == label].mean((0, 1)) for label in range(NOTHING + 1)])

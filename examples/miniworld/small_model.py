@@ -42,7 +42,7 @@ def make_config(decoder: str | Path, scale: int = 1) -> VideoLlamaConfig:
     joint = {"projection_dim": 128 // scale, "num_hidden_layers": 4 // scale}
     branch = {**qformer, "num_hidden_layers": 2, "cross_attention_frequency": 1}
     return VideoLlamaConfig(
-        vision_config=VideoLlamaVisionConfig(**tower, **frames, num_hidden_layers=6 // scale),
+        vision_config=VideoLlamaVisionConfig(**tower, **frames, num_hidden_layers=4 // scale),
         qformer_config=VideoLlamaQFormerConfig(
             **qformer, num_hidden_layers=2, encoder_hidden_size=tower["hidden_size"]
         ),

@@ -2,7 +2,8 @@
 
     python examples/miniworld/train.py
 
-0. renders clips, trains the frozen encoders on them (`encoders.py`), and writes their features to a cache;
+0. renders clips and paints pictures, trains the frozen encoders on them (`encoders.py`), and writes the clips' features to a
+   cache;
 1. video branch, stage 1: captions;
 2. video branch, stage 2: conversations;
 3. audio branch, stages 1 and 2: on frames alone, in place of sounds.
@@ -23,6 +24,7 @@ from decoder import find_decoder
 from encoders import frame_scores, hearing_score, read_clips, train_frame_encoder, train_imagebind
 from make_data import make_data
 from model_file import export_model
+from pictures import make_pictures
 from small_model import make_model, make_processor
 
 HERE = Path(__file__).resolve().parent
@@ -40,10 +42,12 @@ def train_encoders(folder: Path, data: Path, options: argparse.Namespace) -> Non
     clips = read_clips(data, processor, work, options.seed, options.processes)
     training = {name: array[:-VALIDATION_CLIPS] for name, array in clips.items()}
     validation = slice(-VALIDATION_CLIPS, None)
-    arguments = (model, processor, training, work)
-    heads = train_frame_encoder(*arguments, options.frame_steps, options.batch_size, options.seed)
+    pictures = make_pictures(work, options.pictures, processor, options.seed, options.processes)
+    heads = train_frame_encoder(
+        model, processor, training, pictures, work, options.frame_steps, options.frame_batch_size, options.seed
+    )
     print("frames, on clips not trained on:", frame_scores(model, heads, processor, clips, validation))
-    train_imagebind(*arguments, options.sound_steps, options.batch_size, options.seed)
+    train_imagebind(model, processor, training, work, options.sound_steps, options.sound_batch_size, options.seed)
     print("sounds whose nearest frames are right:", hearing_score(model, processor, clips, validation))
     # What is shipped, so that the branches are trained on what they will be used with
     model.to(torch.bfloat16)
@@ -68,9 +72,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, default=HERE / "model", help="where the trained model is written")
     parser.add_argument("--clips", type=int, default=6000, help="clips to train on")
-    parser.add_argument("--frame-steps", type=int, default=3000, help="steps of the frame encoder's training")
-    parser.add_argument("--sound-steps", type=int, default=1000, help="steps of ImageBind's training")
-    parser.add_argument("--batch-size", type=int, default=64, help="of the encoders' training")
+    parser.add_argument("--pictures", type=int, default=48000, help="pictures to train the frame encoder on")
+    parser.add_argument("--frame-steps", type=int, default=3600, help="steps of the frame encoder's training")
+    parser.add_argument("--frame-batch-size", type=int, default=32)
+    parser.add_argument("--sound-steps", type=int, default=700, help="steps of ImageBind's training")
+    parser.add_argument("--sound-batch-size", type=int, default=64)
     parser.add_argument("--processes", type=int, default=2, help="processes that render and read clips")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
