@@ -37,6 +37,8 @@ MIN_OVERLAP = 0.5  # seconds of its sound that a window must hold to count for a
 TEMPERATURE = 0.1
 MAX_GRADIENT_NORM = 1.0
 PICTURE_SHARE = 0.75  # of a batch of the frame encoder; the rest are frames of clips
+BINS = 10  # of places and diameters
+BIN_CENTRES = (torch.arange(BINS) + 0.5) / BINS
 PALETTE = torch.tensor([RGB[colour] for colour in COLOURS]) / 255
 
 
@@ -154,18 +156,21 @@ class FrameHeads(nn.Module):
     """
     Reads the answers of queries and of patches.
 
-    Queries (n, kinds, query_width): is the kind there (1), its colour (3), where and how large (3). Patches (n, patches,
-    patch_width): which kind covers it, if any (kinds + 1), in which colour (3).
+    Queries (n, kinds, query_width): its kind, or that it is not there (kinds + 1), its colour (3), where and how large
+    (3 x `BINS`: shares of x, y and diameter, which lie between the centres of two bins).
+    Patches (n, patches, patch_width): which kind covers it, if any (kinds + 1), in which colour (3).
+
+    A query has to say which kind it is the query of, because the video branch sees queries without their order.
     """
 
     def __init__(self, query_width: int, patch_width: int):
         super().__init__()
-        self.queries = nn.Linear(query_width, 1 + 3 + 3)
+        self.queries = nn.Linear(query_width, len(KINDS) + 1 + 3 + 3 * BINS)
         self.patches = nn.Linear(patch_width, len(KINDS) + 1 + 3)
 
     def read_queries(self, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        presence, rgb, place = self.queries(queries).split([1, 3, 3], dim=-1)
-        return presence.squeeze(-1), rgb, place
+        kind, rgb, place = self.queries(queries).split([len(KINDS) + 1, 3, 3 * BINS], dim=-1)
+        return kind, rgb, place.unflatten(-1, (3, BINS))
 
     def read_patches(self, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         kind, rgb = self.patches(patches).split([len(KINDS) + 1, 3], dim=-1)
@@ -181,6 +186,12 @@ def cover_patches(shown: torch.Tensor, places: torch.Tensor, rows: int) -> torch
     return torch.where(inside.any(1), inside.int().argmax(1), NOTHING)
 
 
+def bin_shares(places: torch.Tensor) -> torch.Tensor:
+    """Places (n, 3) as shares of the two nearest bins, whose mean they are: (n, 3, BINS)."""
+    distance = (places[..., None] - BIN_CENTRES).abs() * BINS
+    return (1 - distance).clamp(min=0)
+
+
 def frame_loss(
     heads: FrameHeads,
     queries: torch.Tensor,
@@ -189,9 +200,10 @@ def frame_loss(
     rgb: torch.Tensor,
     places: torch.Tensor,
 ) -> torch.Tensor:
-    """Presence of every kind, colour and place of those that are there; kind and colour of what covers patches."""
-    presence, query_rgb, place = heads.read_queries(queries)
-    loss = F.binary_cross_entropy_with_logits(presence, shown.float(), pos_weight=torch.tensor(2.0))
+    """Which kinds are there, colour and place of those that are; kind and colour of what covers patches."""
+    query_logits, query_rgb, place = heads.read_queries(queries)
+    answers = torch.where(shown, torch.arange(len(KINDS)), NOTHING)
+    loss = 2 * F.cross_entropy(query_logits.flatten(0, 1), answers.flatten())
     kind_logits, patch_rgb = heads.read_patches(patches)
     kinds = cover_patches(shown, places, math.isqrt(patches.shape[1]))
     loss = loss + 3 * F.cross_entropy(kind_logits.flatten(0, 1), kinds.flatten())
@@ -200,7 +212,7 @@ def frame_loss(
         frame, _ = covered.nonzero(as_tuple=True)
         loss = loss + 5 * F.smooth_l1_loss(patch_rgb[covered], rgb[frame, kinds[covered]], beta=0.1)
         loss = loss + 5 * F.smooth_l1_loss(query_rgb[shown], rgb[shown], beta=0.1)
-        loss = loss + 2 * F.smooth_l1_loss(place[shown], places[shown], beta=0.05)
+        loss = loss + F.cross_entropy(place[shown].flatten(0, 1), bin_shares(places[shown]).flatten(0, 1))
     return loss
 
 
@@ -395,13 +407,15 @@ def frame_scores(
         torch.from_numpy(clips[name][rows]).flatten(0, 1) for name in ("frames", "shown", "rgb", "places")
     )
     queries = model.model.get_frame_features(_normalise(frames, processor)).last_hidden_state
-    presence, colour, place = heads.read_queries(queries)
+    kind, colour, place_logits = heads.read_queries(queries)
+    place = place_logits.softmax(-1) @ BIN_CENTRES
+    answers = torch.where(shown, torch.arange(len(KINDS)), NOTHING)
 
     def named(values: torch.Tensor) -> torch.Tensor:  # the nearest colour of the world
         return torch.cdist(values, PALETTE).argmin(-1)
 
     return {
-        "kinds": float(((presence > 0) == shown).all(-1).float().mean()),
+        "kinds": float((kind.argmax(-1) == answers).all(-1).float().mean()),
         "colour": float((named(colour[shown]) == named(rgb[shown])).float().mean()),
         "place": float((place - places)[shown][:, :2].norm(dim=-1).mean()),
     }

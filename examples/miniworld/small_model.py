@@ -40,17 +40,18 @@ def make_config(decoder: str | Path, scale: int = 1) -> VideoLlamaConfig:
                "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
     frames = {"image_size": IMAGE_SIZE, "patch_size": 8}
     joint = {"projection_dim": 128 // scale, "num_hidden_layers": 4 // scale}
-    branch = {**qformer, "num_hidden_layers": 2, "cross_attention_frequency": 1}
+    branch = {**qformer, "cross_attention_frequency": 1}
     return VideoLlamaConfig(
         vision_config=VideoLlamaVisionConfig(**tower, **frames, num_hidden_layers=4 // scale),
         qformer_config=VideoLlamaQFormerConfig(
             **qformer, num_hidden_layers=2, encoder_hidden_size=tower["hidden_size"]
         ),
-        video_qformer_config={**branch, "encoder_hidden_size": width},
+        # Twice as deep as the paper's: what moves, or comes first, has to be found before it can be told.
+        video_qformer_config={**branch, "num_hidden_layers": 4, "encoder_hidden_size": width},
         # Vectors of sounds and of frames have the same length, so that the audio branch takes one for the other.
         audio_config=VideoLlamaAudioConfig(**tower, **joint, patch_stride=16, logit_scale_init_value=1.0),
         audio_vision_config=VideoLlamaAudioVisionConfig(**tower, **frames, **joint),
-        audio_qformer_config={**branch, "encoder_hidden_size": joint["projection_dim"]},
+        audio_qformer_config={**branch, "num_hidden_layers": 2, "encoder_hidden_size": joint["projection_dim"]},
         text_config=text_config,
         num_query_tokens=len(KINDS),
         num_video_query_tokens=NUM_VIDEO_TOKENS,
@@ -95,7 +96,7 @@ def init_positions(model: VideoLlamaForConditionalGeneration) -> None:
     lost beside it, and a short training would not learn to tell left from right and early from late.
     """
     parts = model.model
-    for branch, scale in ((parts.video_branch, 0.7), (parts.audio_branch, 0.1)):
+    for branch, scale in ((parts.video_branch, 1.5), (parts.audio_branch, 0.1)):
         table = branch.position_embedding.weight
         table.copy_(scale * sines(torch.arange(len(table)), table.shape[1]))
     for tower in (parts.vision_tower, parts.audio_vision_tower, parts.audio_tower):
