@@ -1,6 +1,6 @@
 """Writes clips of the small world as MP4 files, with their scenes, and annotations for the training code.
 
-    python examples/miniworld/make_data.py OUTPUT --split train --clips 6000 --seed 0 --processes 2
+    python examples/miniworld/make_data.py OUTPUT --split train --clips 12000 --seed 0 --processes 2
 
 The folder OUTPUT holds afterwards:
 
@@ -36,6 +36,7 @@ from sounds import SAMPLING_RATE, make_sound
 from tqdm import tqdm
 from world import FPS, HELD_OUT_SOUNDS, MOMENTS, SAMPLED_TIMES, SPLITS, Scene, generator, sample_scene
 
+CAPTIONS_PER_CLIP = 2  # which differ in their wording
 CONVERSATIONS_PER_CLIP = 2
 ANNOTATIONS = ("captions", "conversations", "audio-captions", "audio-conversations")
 
@@ -118,7 +119,8 @@ def video_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tu
     for index, scene in enumerate(scenes):
         rng = generator(seed, split, index, "video language")
         media = [("video", clip_name(split, index))]
-        yield "captions", message_rows(media, [("", caption(scene, rng))])
+        for _ in range(CAPTIONS_PER_CLIP):
+            yield "captions", message_rows(media, [("", caption(scene, rng))])
         for _ in range(CONVERSATIONS_PER_CLIP):
             items = conversation(scene, rng, SIGHT_FAMILIES, int(rng.integers(2, 5)))
             yield "conversations", message_rows(media, _turns(items))
@@ -236,7 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--split", choices=SPLITS, default="train", help="test: every clip shows an unseen combination"
     )
-    parser.add_argument("--clips", type=int, default=6000)
+    parser.add_argument("--clips", type=int, default=12000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
