@@ -511,11 +511,16 @@ def peak_memory_of(name: str, size: Size, device: torch.device, dtype: torch.dty
             torch.cuda.reset_peak_memory_stats()
         contender.generate(StepClock(device))
         return torch.cuda.max_memory_allocated()
+    return peak_resident_memory() - before
+
+
+def peak_resident_memory() -> int:
+    """The most bytes that this process has had in memory."""
     status = Path("/proc/self/status")
     if not status.exists():
         raise RuntimeError("Peak memory on a CPU is read from /proc/self/status, which this system does not have.")
     peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(peak.split()[1]) * 1024 - before
+    return int(peak.split()[1]) * 1024
 
 
 def build_quantized(size: Size, device: torch.device, dtype: torch.dtype) -> VideoLlamaContender:
@@ -593,6 +598,13 @@ def verdict(value: float, target: tuple[str, float] | None) -> str:
     return f"{'PASS' if value >= goal else 'MISS'} (at least {goal_text})"
 
 
+def describe_run(size: str, dtype: str, device: torch.device) -> str:
+    """The line above a table: what it was measured with."""
+    on_gpu = device.type == "cuda"
+    hardware = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} thread"
+    return f"{size}, {dtype}, {hardware}, torch {torch.__version__}, transformers {transformers.__version__}"
+
+
 def run(args: argparse.Namespace) -> None:
     """Measures everything and prints the table."""
     size, device, dtype = SIZES[args.size], torch.device(args.device), getattr(torch, args.dtype)
@@ -616,8 +628,7 @@ def run(args: argparse.Namespace) -> None:
         Row("decode", "decode", "tokens", 1),
         Row("end_to_end", f"{NUM_FRAMES} frames + sound + {NUM_NEW_TOKENS} tokens", "", 1),
     ]
-    hardware = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} thread"
-    print(f"{args.size}, {args.dtype}, {hardware}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(describe_run(args.size, args.dtype, device))
     if ceilings is not None:
         print(f"Measured peaks: {ceilings[0] / 1e12:.0f} TFLOP/s (8192³ matmul), {ceilings[1] / 1e12:.2f} TB/s (copy)")
     print()
@@ -666,32 +677,44 @@ def run(args: argparse.Namespace) -> None:
 
 def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuses what cannot run here before anything is allocated."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no GPU here. Use --device cpu with --size tiny or base.")
-    itemsize = getattr(torch, args.dtype).itemsize
     size = SIZES[args.size]
     with torch.device("meta"):
         models = [
             VideoLlamaForConditionalGeneration(video_llama_config(size)),
             InstructBlipVideoForConditionalGeneration(instructblipvideo_config(size)),
         ]
-    needed = sum(model.num_parameters() for model in models) * itemsize
+    needed = sum(model.num_parameters() for model in models) * getattr(torch, args.dtype).itemsize
+    check_device(args, parser, needed, "choose a smaller --size, or --dtype bfloat16")
+
+
+def check_device(args: argparse.Namespace, parser: argparse.ArgumentParser, needed: int, advice: str) -> None:
+    """Refuses a device that is not there or has fewer free bytes than the weights need, and then gives advice."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch sees no GPU here. Use --device cpu with --size tiny or base.")
     free = torch.cuda.mem_get_info()[0] if args.device == "cuda" else psutil.virtual_memory().available
     if needed > free:
         parser.error(
-            f"--size {args.size} in {args.dtype} needs {needed / GIB:.0f} GiB for the weights of the two models that are "
-            f"compared, but {free / GIB:.0f} GiB are free on {args.device}: choose a smaller --size, or --dtype bfloat16."
+            f"--size {args.size} needs {needed / GIB:.0f} GiB for the weights of what is compared, but {free / GIB:.0f} GiB"
+            f" are free on {args.device}: {advice}."
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default="base", help="sizes of the models, by name (default: base)")
+def make_parser(description: str, size: str, repeats: int) -> argparse.ArgumentParser:
+    """What both benchmarks can be told; `size` and `repeats` are defaults."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--size", choices=SIZES, default=size, help=f"sizes of the models, by name (default: {size})")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run (default: cpu)")
+    parser.add_argument(
+        "--repeats", type=int, default=repeats, help=f"interleaved repeats of every row (default: {repeats})"
+    )
+    return parser
+
+
+def main() -> None:
+    parser = make_parser(__doc__.splitlines()[0], size="base", repeats=9)
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, else float32"
     )
-    parser.add_argument("--repeats", type=int, default=9, help="interleaved repeats of every row (default: 9)")
     parser.add_argument("--memory-of", choices=["ours", "a", "b", "4bit"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")

@@ -41,9 +41,13 @@ from inference import (
     SIZES,
     Size,
     build_model,
+    check_device,
     describe_ratio,
+    describe_run,
     get_clock,
+    make_parser,
     measure_ceilings,
+    peak_resident_memory,
     transformer,
     verdict,
     video_llama_config,
@@ -57,7 +61,7 @@ from transformers_videollama import VideoLlamaConfig, VideoLlamaForConditionalGe
 from transformers_videollama.feature_extraction_video_llama import VideoLlamaFeatureExtractor
 from transformers_videollama.image_processing_video_llama import VideoLlamaImageProcessor
 from transformers_videollama.training.arguments import parse_arguments
-from transformers_videollama.training.feature_cache import cache_features
+from transformers_videollama.training.feature_cache_writer import cache_features
 from transformers_videollama.training.run import load_data
 from transformers_videollama.training.trainer import VideoLlamaTrainer
 from transformers_videollama.video_processing_video_llama import VideoLlamaVideoProcessor
@@ -370,8 +374,7 @@ def peak_memory_of(stage: str, contender: str, size: Size, folder: Path, load: L
     processor = build_processor(size.text["vocab_size"])
     model = build_trainable(size, branch, processor, torch.device("cpu"), torch.float32)
     Turn(stage, contender, model, processor, folder, load, "cpu").run(get_clock(torch.device("cpu")))
-    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
-    return int(peak.split()[1]) * 1024 - before
+    return peak_resident_memory() - before
 
 
 def write_cache_alone(size: Size, branch: str, folder: Path) -> None:
@@ -390,10 +393,7 @@ def run(args: argparse.Namespace) -> None:
     on_gpu, load, clock = device.type == "cuda", LOADS[args.device], get_clock(device)
     dtype = torch.bfloat16 if on_gpu else torch.float32
     targets = TARGETS if on_gpu and args.size == "7b" else {}
-    hardware = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} thread"
-    print(
-        f"{args.size}, {str(dtype)[6:]}, {hardware}, torch {torch.__version__}, transformers {transformers.__version__}"
-    )
+    print(describe_run(args.size, str(dtype)[6:], device))
     matmul = math.nan
     if on_gpu:
         matmul, _ = measure_ceilings(device, dtype, clock)
@@ -466,29 +466,18 @@ def run(args: argparse.Namespace) -> None:
 
 def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuses what cannot run here before anything is allocated."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no GPU here. Use --device cpu with --size tiny or base.")
     if args.device == "cpu" and not Path("/proc/self/status").exists():
         parser.error("--device cpu: peak memory is read from /proc/self/status, which this system does not have.")
     size = SIZES[args.size]
     with torch.device("meta"):
         config = training_config(size, "audio", build_processor(size.text["vocab_size"]))
         num_parameters = VideoLlamaForConditionalGeneration(config).num_parameters()
-    needed = num_parameters * (2 if args.device == "cuda" else 4)
-    free = torch.cuda.mem_get_info()[0] if args.device == "cuda" else psutil.virtual_memory().available
-    if needed > free:
-        parser.error(
-            f"--size {args.size} needs {needed / GIB:.0f} GiB for the model's weights, but {free / GIB:.0f} GiB are free on"
-            f" {args.device}: choose a smaller --size."
-        )
+    check_device(args, parser, num_parameters * (2 if args.device == "cuda" else 4), "choose a smaller --size")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, default="tiny", help="sizes of the models, by name (default: tiny)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to run (default: cpu)")
+    parser = make_parser(__doc__.splitlines()[0], size="tiny", repeats=3)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all")
-    parser.add_argument("--repeats", type=int, default=3, help="interleaved repeats of every row (default: 3)")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

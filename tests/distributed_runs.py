@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
+from training_runs import losses
 
 from transformers_videollama.training.mixture import TrainIterableDataset
 from transformers_videollama.training.run import main
@@ -25,7 +26,7 @@ def run_all(path: Path) -> None:
         trainer = main(argv)
         parameters = dict(trainer.model.named_parameters())
         found = {
-            "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
+            "losses": losses(trainer),
             "kind": trainer.accelerator.distributed_type.value,
             "wrapper": type(trainer.model_wrapped).__name__,
             "whole": sorted(name for name, parameter in parameters.items() if not isinstance(parameter, DTensor)),

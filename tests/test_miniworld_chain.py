@@ -26,7 +26,7 @@ from pictures import make_pictures
 from small_model import make_model, make_processor
 from world import generator
 
-from transformers_videollama.training import feature_cache, run
+from transformers_videollama.training import cache_features, run
 
 MINIWORLD = Path(ask.__file__).parent
 SCALE = 4
@@ -145,7 +145,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     processor.save_pretrained(base)
 
     flags = {"model": base, "feature_cache": features, "media": data / "clips", "dataloader_num_workers": 0}
-    feature_cache.main([str(part) for name, value in flags.items() for part in (f"--{name}", value)])
+    cache_features.main([str(part) for name, value in flags.items() for part in (f"--{name}", value)])
     stage1, losses["stage 1"] = train("video_stage1", base, data, features, 40)
     # One clip, to be known by heart
     conversations = data / "train-conversations.jsonl"

@@ -16,6 +16,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from distributed_runs import NUM_STREAMED
 from media_files import write_media
 from safetensors.torch import load_file
+from training_runs import losses
 
 from transformers_videollama import VideoLlamaForConditionalGeneration, VideoLlamaProcessor
 from transformers_videollama.training.run import main
@@ -24,6 +25,9 @@ CONFIGURATIONS = Path(__file__).parents[1] / "examples" / "training" / "accelera
 NUM_CLIPS = 2 * NUM_STREAMED
 NUM_STEPS = 5  # of which the last two are of a second epoch
 SAVED_STEP = 2
+
+Run = tuple[Path, list[float]]  # its folder and its losses
+Runs = tuple[str, Path, dict[str, list[dict[str, Any]]]]  # see `two_processes`
 
 
 @pytest.fixture(scope="module")
@@ -74,18 +78,11 @@ def arguments(model: Path, data: Path, output_dir: Path, **settings: Any) -> lis
 
 
 @pytest.fixture(scope="module")
-def one_process(model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
-    """The folder and the losses of the same run in this process alone."""
+def one_process(model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same run in this process alone."""
     folder = tmp_path_factory.mktemp("one") / "run"
     trainer = main(arguments(model_folder, data, folder))
     return folder, losses(trainer)
-
-
-def losses(trainer: Any) -> list[float]:
-    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
-
-
-Found = dict[str, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module", params=["ddp", "fsdp2"])
@@ -93,9 +90,9 @@ def two_processes(
     request: pytest.FixtureRequest,
     model_folder: Path,
     data: Path,
-    one_process: tuple[Path, list[float]],
+    one_process: Run,
     tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[str, Path, Found]:
+) -> Runs:
     """The kind, the folder with a folder for each of the runs, and what the processes saw of them."""
     kind = request.param
     folder = tmp_path_factory.mktemp(kind)
@@ -142,7 +139,12 @@ def assert_same_weights(found: Path, expected: Path) -> None:
         )
 
 
-def test_the_model_is_replicated_or_sharded(two_processes: tuple[str, Path, Found]) -> None:
+def assert_same_run(run: Run, expected: Run) -> None:
+    assert run[1] == pytest.approx(expected[1], rel=1e-5)
+    assert_same_weights(run[0], expected[0])
+
+
+def test_the_model_is_replicated_or_sharded(two_processes: Runs) -> None:
     kind, _, found = two_processes
     first, second = found["whole"]
     if kind == "ddp":
@@ -155,50 +157,37 @@ def test_the_model_is_replicated_or_sharded(two_processes: tuple[str, Path, Foun
         assert max(first["held"], second["held"]) < 0.6 * first["num_parameters"]
 
 
-def test_losses_and_weights_are_those_of_one_process(
-    two_processes: tuple[str, Path, Found], one_process: tuple[Path, list[float]]
-) -> None:
+def test_losses_and_weights_are_those_of_one_process(two_processes: Runs, one_process: Run) -> None:
     _, folder, found = two_processes
     expected_folder, expected = one_process
     assert len(expected) == NUM_STEPS and len(set(expected)) == NUM_STEPS
-    assert found["whole"][0]["losses"] == pytest.approx(expected, rel=1e-5)
-    assert_same_weights(folder / "whole", expected_folder)
+    assert_same_run((folder / "whole", found["whole"][0]["losses"]), one_process)
     for step in range(SAVED_STEP, NUM_STEPS, SAVED_STEP):
         assert_same_weights(folder / "whole" / f"checkpoint-{step}", expected_folder / f"checkpoint-{step}")
 
 
-def test_two_processes_resume_what_one_has_saved(
-    two_processes: tuple[str, Path, Found], one_process: tuple[Path, list[float]]
-) -> None:
+def test_two_processes_resume_what_one_has_saved(two_processes: Runs, one_process: Run) -> None:
     _, folder, found = two_processes
-    assert found["resumed"][0]["losses"] == pytest.approx(one_process[1], rel=1e-5)
-    assert_same_weights(folder / "resumed", one_process[0])
+    assert_same_run((folder / "resumed", found["resumed"][0]["losses"]), one_process)
 
 
 def test_one_process_resumes_what_two_have_saved(
-    two_processes: tuple[str, Path, Found],
-    one_process: tuple[Path, list[float]],
-    model_folder: Path,
-    data: Path,
-    tmp_path: Path,
+    two_processes: Runs, one_process: Run, model_folder: Path, data: Path, tmp_path: Path
 ) -> None:
     name = f"checkpoint-{SAVED_STEP}"
     shutil.copytree(two_processes[1] / "whole" / name, tmp_path / name)
     trainer = main(arguments(model_folder, data, tmp_path, resume_from_checkpoint="last"))
-    assert losses(trainer) == pytest.approx(one_process[1], rel=1e-5)
-    assert_same_weights(tmp_path, one_process[0])
+    assert_same_run((tmp_path, losses(trainer)), one_process)
 
 
-def test_no_two_processes_or_workers_read_the_same_of_a_stream(two_processes: tuple[str, Path, Found]) -> None:
+def test_no_two_processes_or_workers_read_the_same_of_a_stream(two_processes: Runs) -> None:
     first, second = (found["streamed"] for found in two_processes[2]["streamed"])
     captions = [tuple(caption) for caption in first + second]
     assert len(first) == len(second) == NUM_STREAMED
     assert len(set(captions)) == NUM_CLIPS
 
 
-def test_what_is_trained_stays_float32_beside_frozen_bfloat16(
-    two_processes: tuple[str, Path, Found], one_process: tuple[Path, list[float]]
-) -> None:
+def test_what_is_trained_stays_float32_beside_frozen_bfloat16(two_processes: Runs, one_process: Run) -> None:
     _, folder, found = two_processes
     assert found["bf16"][0]["losses"] == pytest.approx(one_process[1][:1], rel=1e-2)
     tensors = load_file(folder / "bf16" / "trained_part.safetensors")
@@ -207,9 +196,7 @@ def test_what_is_trained_stays_float32_beside_frozen_bfloat16(
     assert any((tensor != tensor.bfloat16().float()).any() for tensor in tensors.values())
 
 
-def test_an_adapter_is_saved_whole(
-    two_processes: tuple[str, Path, Found], one_process: tuple[Path, list[float]]
-) -> None:
+def test_an_adapter_is_saved_whole(two_processes: Runs, one_process: Run) -> None:
     _, folder, found = two_processes
     assert found["lora"][0]["losses"] == pytest.approx(one_process[1][:1], rel=1e-5)
     tensors = load_file(folder / "lora" / "adapter_model.safetensors")

@@ -20,8 +20,10 @@ from torch.utils.data import DataLoader
 
 from transformers_videollama import VideoLlamaForConditionalGeneration, VideoLlamaProcessor
 from transformers_videollama.media import MediaError
+from transformers_videollama.training.cache_features import find_media, main
 from transformers_videollama.training.collator import VideoLlamaDataCollator
-from transformers_videollama.training.feature_cache import FeatureCache, cache_features, find_media, main
+from transformers_videollama.training.feature_cache import FeatureCache
+from transformers_videollama.training.feature_cache_writer import cache_features
 from transformers_videollama.training.samples import SampleBuilder
 
 COMMAND = Path(__file__).parent.parent / "examples" / "training" / "cache_features.py"

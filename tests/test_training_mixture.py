@@ -163,6 +163,16 @@ def test_share_of_bad_samples_is_that_of_all_workers(sources):
         load(dataset, 5, batch_size=1)
 
 
+def test_share_of_bad_samples_counts_what_replaced_them_and_all_epochs(sources):
+    dataset = TrainDataset(sources, NameBuilder("a0"), max_bad_fraction=0.06)
+    for index in range(1, 19):
+        dataset[index]
+    assert dataset[0]["name"] != "a0"
+    dataset.set_epoch(1)
+    with pytest.raises(TooManyBadSamplesError, match="^2 of 21 samples"):
+        dataset[0]
+
+
 def test_few_bad_samples_at_the_start_stop_nothing(sources):
     dataset = TrainDataset(sources, NameBuilder("a0 a1"), max_bad_fraction=0.1)
     assert len([dataset[i] for i in range(50)]) == 50

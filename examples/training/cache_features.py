@@ -6,7 +6,7 @@
 Started again, it completes what was interrupted. Another model's features, or other frames, need another folder.
 """
 
-from transformers_videollama.training.feature_cache import main
+from transformers_videollama.training.cache_features import main
 
 if __name__ == "__main__":
     main()

@@ -264,7 +264,7 @@ class VideoLlamaProcessor(ProcessorMixin):
             raise ValueError("`continue_final_message` and `add_generation_prompt` exclude each other.")
         if continue_final_message and return_assistant_tokens_mask:
             raise ValueError("`continue_final_message` and `return_assistant_tokens_mask` exclude each other.")
-        template = self._get_chat_template(chat_template)
+        template = self.get_chat_template(chat_template)
         template_variables = _get_template_variables(template)
         template_kwargs = {name: value for name, value in kwargs.items() if name in template_variables}
         call_kwargs = {name: value for name, value in kwargs.items() if name not in template_variables}
@@ -308,7 +308,7 @@ class VideoLlamaProcessor(ProcessorMixin):
         if not return_dict:
             return inputs["input_ids"]
         if return_assistant_tokens_mask:
-            inputs["assistant_masks"] = _assistant_masks(
+            inputs["assistant_masks"] = make_assistant_masks(
                 inputs.pop("offset_mapping"), inputs.pop("text_replacement_offsets"), spans
             )
             inputs.convert_to_tensors(call_kwargs.get("return_tensors"))
@@ -321,7 +321,9 @@ class VideoLlamaProcessor(ProcessorMixin):
         videos: BatchFeature | None,
         call_kwargs: dict[str, Any],
     ) -> BatchFeature:
-        images = [[_image(entry["source"]) for entry in _entries([chat]) if _has(entry, "image")] for chat in chats]
+        images = [
+            [read_image(entry["source"]) for entry in _entries([chat]) if _has(entry, "image")] for chat in chats
+        ]
         # A video's own sound comes from its file, which the feature extractor decodes
         audio = [entry["source"] for entry in _entries(chats) if _has(entry, "audio") or entry.get("has_audio")]
         if audio:
@@ -376,16 +378,25 @@ class VideoLlamaProcessor(ProcessorMixin):
             for entry in entries:
                 if is_opened(entry["source"]):
                     metadata = self.video_processor.read_metadata(entry["source"], **videos_kwargs)
-                    entry["timestamps"] = _timestamps(metadata)
+                    entry["timestamps"] = frame_timestamps(metadata)
             return None
         videos = [entry["source"] for entry in entries]
         processed = self.video_processor(videos, **{**videos_kwargs, "return_metadata": True})
         for entry, metadata in zip(entries, processed["video_metadata"], strict=True):
-            entry["timestamps"] = _timestamps(metadata)
+            entry["timestamps"] = frame_timestamps(metadata)
         return processed
 
-    def _get_chat_template(self, chat_template: str | None) -> str:
-        """The template of that name, or the text itself; the processor's default for None."""
+    def get_chat_template(self, chat_template: str | None = None) -> str:
+        """
+        The Jinja template that [`~VideoLlamaProcessor.apply_chat_template`] renders.
+
+        Args:
+            chat_template (`str`, *optional*): a template, or the name of one of the processor's own or of the published
+                ones; by default the processor's own (`"default"`, if it has several).
+
+        Raises:
+            ValueError: none was given, and the processor has none of its own, or several and no default.
+        """
         own = self.chat_template
         if isinstance(own, dict) and (chat_template or "default") in own:
             return own[chat_template or "default"]
@@ -471,17 +482,29 @@ def _split_chats(conversation: Any) -> tuple[list[list[dict[str, Any]]], bool]:
 
 
 def _read_message(message: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a message, whose entries, if its content is not a string, are as `_read_entry` returns them."""
+    """A copy of a message, whose entries, if its content is not a string, are as `read_content_entry` returns them."""
     if not isinstance(message, dict) or "role" not in message:
         raise ValueError(f"A message is a dict with 'role' and 'content'; got {message!r:.80}.")
     message = {name: value for name, value in message.items() if value is not None}
     if not isinstance(message.get("content", ""), str):
-        message["content"] = [_read_entry(entry) for entry in message["content"]]
+        message["content"] = [read_content_entry(entry) for entry in message["content"]]
     return message
 
 
-def _read_entry(entry: str | dict[str, Any]) -> dict[str, Any]:
-    """`{"type": "text", "text": …}` or `{"type": "image" | "video" | "audio", "source": the medium or None}`."""
+def read_content_entry(entry: str | dict[str, Any]) -> dict[str, Any]:
+    """
+    One form for all that a message's content may consist of.
+
+    Args:
+        entry: as [`~VideoLlamaProcessor.apply_chat_template`] takes it.
+
+    Returns:
+        `{"type": "text", "text": …}` or `{"type": "image" | "video" | "audio", "source": …}`, in which the source is the
+        medium, a pair with its sampling rate where the entry gives one, or None.
+
+    Raises:
+        ValueError: it is none of the known types.
+    """
     if isinstance(entry, str):
         return {"type": "text", "text": entry}
     kind = entry.get("type") if isinstance(entry, dict) else None
@@ -540,8 +563,19 @@ def _has(entry: dict[str, Any], kind: str) -> bool:
     return entry["type"] == kind and entry["source"] is not None
 
 
-def _image(source: Any) -> Any:
-    """An image file as a picture, with the library's reader; anything else as it is."""
+def read_image(source: Any) -> Any:
+    """
+    An image file as a picture, with the library's reader.
+
+    Args:
+        source: a path, an http(s) address, a `data:` URI or a file's bytes; anything else is returned as it is.
+
+    Returns:
+        `PIL.Image.Image` in RGB, upright.
+
+    Raises:
+        MediaError: the file cannot be read; the message names it.
+    """
     if not isinstance(source, (str, os.PathLike, bytes)):
         return source
     from PIL import Image
@@ -552,22 +586,38 @@ def _image(source: Any) -> Any:
         raise MediaError(f"{describe_source(source)} cannot be read as an image: {error}") from error
 
 
-def _timestamps(metadata: VideoMetadata) -> list[float] | None:
-    """When the frames are shown, in seconds to one decimal, rounded as Python does; None where it is not known."""
+def frame_timestamps(metadata: VideoMetadata) -> list[float] | None:
+    """
+    When a video's frames are shown, as prompts say it.
+
+    Args:
+        metadata ([`VideoMetadata`]): with the frame rate and the indices of the frames.
+
+    Returns:
+        `list[float]`: seconds to one decimal, rounded as Python does; None where rate or indices are not known.
+    """
     if not metadata.fps or metadata.frames_indices is None:
         return None
     return [round(int(index) / float(metadata.fps), 1) for index in metadata.frames_indices]
 
 
-def _assistant_masks(
+def make_assistant_masks(
     offset_mapping: Sequence[Sequence[tuple[int, int]]],
     replacements: list[list[dict[str, Any]]],
     spans: list[list[tuple[int, int]]],
 ) -> list[list[int]]:
-    """1 for every token with a character in one of the `spans` of its prompt.
+    """
+    Which tokens of prompts are the assistant's words.
 
-    The spans are those of the rendered prompt, the tokens' offsets those of the text in which `replacements` has put
-    many placeholder tokens in the place of each.
+    Args:
+        offset_mapping: for each prompt the (start, end) characters of its tokens, in the text in which each placeholder
+            was replaced by as many as its medium takes.
+        replacements: for each prompt these replacements, as [`~VideoLlamaProcessor.get_text_with_replacements`] returns
+            them.
+        spans: for each prompt the (start, end) characters of the assistant's words, in the text before.
+
+    Returns:
+        For each prompt a list with 1 for every token with a character in one of its spans, and 0 for the others.
     """
     masks: list[list[int]] = []
     for offsets, prompt_replacements, prompt_spans in zip(offset_mapping, replacements, spans, strict=True):

@@ -246,6 +246,8 @@ def _is_file(video: Any) -> bool:
 
 
 def is_frame(item: Any) -> bool:
+    """Whether something is a picture and not a video: an image file by its name (a GIF is a video), a PIL image, or an
+    array or tensor of three axes."""
     if isinstance(item, (str, os.PathLike)):
         kind = mimetypes.guess_type(os.fsdecode(item))[0] or ""
         return kind.startswith("image/") and kind != "image/gif"

@@ -14,7 +14,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from ..processing_video_llama import _read_entry
+from ..processing_video_llama import read_content_entry
 from .captions import clean_caption
 
 if TYPE_CHECKING:
@@ -360,7 +360,7 @@ def _chat_entry(part: Any, root: str) -> Row:
         raise ValueError(f"a content entry is a string or an object, not {part!r:.80}.")
     if isinstance(part, dict) and part.get("type") == "input_audio":
         raise ValueError("sounds of the form 'input_audio' are not read; give a file by its 'path'.")
-    part = _read_entry(part)
+    part = read_content_entry(part)
     if part["type"] == "text":
         return _words(_field(part, "text", str))
     source = part["source"]

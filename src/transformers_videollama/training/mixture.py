@@ -146,20 +146,10 @@ class _BadSamples:
         return TooManyBadSamplesError(f"{reason}.{log} The last errors:\n{errors}")
 
 
-class TrainDataset(Dataset):
-    """
-    A mixture as a map-style data set: item `i` of an epoch is the same sample whatever is loaded before or beside it. A
-    bad sample is replaced by one drawn at random.
+class _Mixture:
+    """What both data sets have: the rows of a mixture, what makes samples of them, and the epoch."""
 
-    Args:
-        sources (`Sequence[Source]`): see [`mix_sources`].
-        builder ([`SampleBuilder`]): makes samples of rows.
-        seed (`int`, defaults to 0): of the mixture and of all samples.
-        max_bad_fraction (`float`, defaults to 0.1): the run stops when a larger share of samples cannot be read, at the
-            earliest after [`MIN_SAMPLES_LOOKED_AT`]. Each process of a distributed run counts its own.
-        log_file (`str`, *optional*): gets a JSON line `{"source", "path", "error", "index", "epoch"}` for each bad
-            sample; several processes may share it.
-    """
+    _streaming = False
 
     def __init__(
         self,
@@ -169,13 +159,31 @@ class TrainDataset(Dataset):
         max_bad_fraction: float = 0.1,
         log_file: str | os.PathLike | None = None,
     ):
-        self.rows: Any = mix_sources(sources, seed)
+        self.rows: Any = mix_sources(sources, seed, self._streaming)
         self._samples = _BadSamples(builder, seed, max_bad_fraction, log_file)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (from 0) whose crops and frames are drawn."""
         self._epoch.fill_(epoch)
+
+
+class TrainDataset(_Mixture, Dataset):
+    """
+    A mixture as a map-style data set: item `i` of an epoch is the same sample whatever is loaded before or beside it. A
+    bad sample is replaced by one drawn at random.
+
+    Args:
+        sources (`Sequence[Source]`): see [`mix_sources`].
+        builder ([`SampleBuilder`]): makes samples of rows.
+        seed (`int`, defaults to 0): of the mixture and of all samples.
+        max_bad_fraction (`float`, defaults to 0.1): the run stops when a larger share of the rows that were tried cannot
+            be read, at the earliest after [`MIN_SAMPLES_LOOKED_AT`]. Every process of a distributed run counts for itself,
+            with all of its workers and epochs, from its start on; rows in the place of bad ones count as well. The first
+            process past the share stops the run.
+        log_file (`str`, *optional*): gets a JSON line `{"source", "path", "error", "index", "epoch"}` for each bad
+            sample; several processes may share it.
+    """
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -198,15 +206,15 @@ class TrainDataset(Dataset):
         raise self._samples.error(f"{_MAX_ATTEMPTS} samples in a row cannot be read")
 
 
-class TrainIterableDataset(IterableDataset):
+class TrainIterableDataset(_Mixture, IterableDataset):
     """
     A mixture as a stream, of which no more is in memory than is shuffled.
 
     Every worker of every process reads a part of its own. Sources without weights come one after the other, and are only
-    mixed by the shuffling of near rows. A bad sample is replaced by the next one. An item has `position`, int64 (4,): the worker, the number of
-    workers, the epoch and how many rows this worker has consumed in it. Give the positions of batches, in the order in
-    which they are trained on, to `update_position`; what `position` then returns lets `load_position` go on from there
-    exactly, in a new process, without opening the media before it.
+    mixed by the shuffling of near rows. A bad sample is replaced by the next one. An item has `position`, int64 (4,): the
+    worker, the number of workers, the epoch and how many rows this worker has consumed in it. Give the positions of
+    batches, in the order in which they are trained on, to `update_position`; what `position` then returns lets
+    `load_position` go on from there exactly, in a new process, without opening the media before it.
 
     Args:
         sources, builder, seed, max_bad_fraction, log_file: as of [`TrainDataset`].
@@ -215,6 +223,8 @@ class TrainIterableDataset(IterableDataset):
         repeat (`bool`, defaults to `False`): go on with the next epoch at the end of one, without end. Processes of a
             distributed run have parts of different lengths, so only then none waits for another that has ended.
     """
+
+    _streaming = True
 
     def __init__(
         self,
@@ -228,19 +238,17 @@ class TrainIterableDataset(IterableDataset):
         shuffle_buffer_size: int = 1000,
         repeat: bool = False,
     ):
-        rows: Any = mix_sources(sources, seed, streaming=True)
-        self.rows = rows.shuffle(seed=seed, buffer_size=shuffle_buffer_size)
+        super().__init__(sources, builder, seed, max_bad_fraction, log_file)
+        self.rows = self.rows.shuffle(seed=seed, buffer_size=shuffle_buffer_size)
         self.rank = rank
         self.world_size = world_size
         self.repeat = repeat
-        self._samples = _BadSamples(builder, seed, max_bad_fraction, log_file)
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see it change
         self._start: dict[str, Any] | None = None
         self._position: dict[str, Any] | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (from 0) to start with; a loaded position of that epoch or a later one remains."""
-        self._epoch.fill_(epoch)
+        super().set_epoch(epoch)
         if not _reaches(self._position, epoch):
             self._position = None
 

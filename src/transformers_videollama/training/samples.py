@@ -13,7 +13,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from ..chat_templates import CHAT_TEMPLATES
 from ..media import MediaError
-from ..processing_video_llama import VideoLlamaProcessor, _assistant_masks, _image, _timestamps
+from ..processing_video_llama import VideoLlamaProcessor, frame_timestamps, make_assistant_masks, read_image
 from ..video_processing_video_llama import is_frame
 from .captions import IMAGE_REQUESTS
 
@@ -102,7 +102,7 @@ class SampleBuilder:
                 raise ValueError(f"`{name}` is {known[0]!r} or {known[1]!r}, not {value!r}.")
         if num_frames < 1 or (max_length is not None and max_length < 1):
             raise ValueError(f"`num_frames` and `max_length` are 1 or more, not {num_frames} and {max_length}.")
-        if text_format == "chat" and "generation" not in processor._get_chat_template(None):
+        if text_format == "chat" and "generation" not in processor.get_chat_template():
             raise ValueError(
                 "The processor's chat template does not mark what the assistant says, which is what is learned. Put"
                 f" {{% generation %}} and {{% endgeneration %}} around it, or use one of {', '.join(CHAT_TEMPLATES)}."
@@ -239,11 +239,11 @@ class SampleBuilder:
             input_data_format="channels_first",
             return_tensors="pt",
         )
-        return normalized["pixel_values_videos"][0], _timestamps(decoded["video_metadata"][0])
+        return normalized["pixel_values_videos"][0], frame_timestamps(decoded["video_metadata"][0])
 
     def read_image(self, path: str, generator: torch.Generator) -> torch.Tensor:
         """An image as it enters the model, float32 (1, 3, height, width)."""
-        image = _image(path)
+        image = read_image(path)
         if self.random_resized_crop:
             top, left, height, width = _draw_crop(image, generator)
             image = image.crop((left, top, left + width, top + height))
@@ -277,7 +277,7 @@ class SampleBuilder:
         try:
             prompts, spans = render_jinja_template(
                 conversations=[messages],
-                chat_template=processor._get_chat_template(None),
+                chat_template=processor.get_chat_template(),
                 return_assistant_tokens_mask=True,
                 **{
                     **processor.tokenizer.special_tokens_map,
@@ -297,7 +297,7 @@ class SampleBuilder:
             return_offsets_mapping=True,
             verbose=False,  # of too long ones, which are cut here
         )
-        mask = _assistant_masks(encoded["offset_mapping"], offsets, spans)[0]
+        mask = make_assistant_masks(encoded["offset_mapping"], offsets, spans)[0]
         input_ids = torch.tensor(encoded["input_ids"][0])
         labels = torch.where(torch.tensor(mask).bool(), input_ids, _IGNORED)
         length = self._whole_length(input_ids)
