@@ -26,9 +26,11 @@ def run_all(path: Path) -> None:
         parameters = dict(trainer.model.named_parameters())
         found = {
             "losses": [line["loss"] for line in trainer.state.log_history if "loss" in line],
+            "eval_losses": [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line],
             "kind": trainer.accelerator.distributed_type.value,
             "wrapper": type(trainer.model_wrapped).__name__,
             "whole": sorted(name for name, parameter in parameters.items() if not isinstance(parameter, DTensor)),
+            "num_whole": sum(p.numel() for p in parameters.values() if not isinstance(p, DTensor)),
             "num_parameters": sum(parameter.numel() for parameter in parameters.values()),
             "held": sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters.values()),
         }

@@ -15,6 +15,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from distributed_runs import NUM_STREAMED
 from media_files import write_media
+from PIL import Image
 from safetensors.torch import load_file
 
 from transformers_videollama import VideoLlamaForConditionalGeneration, VideoLlamaProcessor
@@ -47,6 +48,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_media(folder / f"{number}.mp4", num_frames=4 + number % 3)
         rows.append(f"{number},{' '.join([str(number)] * (1 + number % 5))},.")
     (folder / "webvid.csv").write_text("\n".join(rows) + "\n")
+    Image.new("RGB", (32, 24), "red").save(folder / "red.png")
+    media = [[], ["video"], ["image"], ["image", "video", "image"]]
+    lines = []
+    for number in range(NUM_CLIPS):
+        paths = {"image": "red.png", "video": f"{number}.mp4"}
+        shown = [{"type": kind, "path": paths[kind]} for kind in media[number % len(media)]]
+        question = {"role": "user", "content": [*shown, {"type": "text", "text": "What is it?"}]}
+        answer = {
+            "role": "assistant",
+            "content": [{"type": "text", "text": " ".join([str(number)] * (1 + number % 5))}],
+        }
+        lines.append(json.dumps({"messages": [question, answer]}))
+    (folder / "chat.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 
@@ -73,6 +87,37 @@ def arguments(model: Path, data: Path, output_dir: Path, **settings: Any) -> lis
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
+def mixed_arguments(model: Path, data: Path, output_dir: Path, batch_size: int, **settings: Any) -> list[str]:
+    """Of a run on texts with a video, images, both or nothing, which is evaluated at every step."""
+    source = json.dumps([{"format": "chat", "annotations": str(data / "chat.jsonl"), "media_root": str(data)}])
+    settings = {
+        "datasets": source,
+        "eval_datasets": source,
+        "text_format": "chat",
+        "max_steps": 3,
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": batch_size,
+        # The first, as the loss falls, so that another is loaded than there is
+        "load_best_model_at_end": True,
+        "greater_is_better": True,
+        **settings,
+    }
+    return arguments(model, data, output_dir, **settings)
+
+
+@pytest.fixture(scope="module")
+def one_mixed_process(
+    model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[float], list[float]]:
+    """The folder, the losses and those of evaluation of a mixed run in this process alone."""
+    folder = tmp_path_factory.mktemp("mixed") / "run"
+    trainer = main(mixed_arguments(model_folder, data, folder, 2))
+    return folder, losses(trainer), eval_losses(trainer)
+
+
 @pytest.fixture(scope="module")
 def one_process(model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[float]]:
     """The folder and the losses of the same run in this process alone."""
@@ -83,6 +128,10 @@ def one_process(model_folder: Path, data: Path, tmp_path_factory: pytest.TempPat
 
 def losses(trainer: Any) -> list[float]:
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def eval_losses(trainer: Any) -> list[float]:
+    return [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
 
 
 Found = dict[str, list[dict[str, Any]]]
@@ -109,6 +158,7 @@ def two_processes(
         "resumed": arguments(model_folder, data, folder / "resumed", **halves, resume_from_checkpoint="last"),
         "streamed": arguments(model_folder, data, folder / "streamed", **{**halves, **streamed}),
         "bf16": arguments(model_folder, data, folder / "bf16", **halves, **short, bf16=True),
+        "mixed": mixed_arguments(model_folder, data, folder / "mixed", 1),
         "lora": arguments(model_folder, data, folder / "lora", **halves, **short, lora_r=2),
     }
     (folder / "runs.json").write_text(json.dumps(runs))
@@ -150,9 +200,13 @@ def test_the_model_is_replicated_or_sharded(two_processes: tuple[str, Path, Foun
         assert first["held"] == second["held"] == first["num_parameters"]
     else:
         assert first["kind"] == "FSDP" and first["wrapper"].startswith("FSDP")
-        assert first["whole"] == second["whole"] == ["model.audio_tower.logit_scale"]  # a single number
-        assert first["held"] + second["held"] == first["num_parameters"] + 1
-        assert max(first["held"], second["held"]) < 0.6 * first["num_parameters"]
+        # The frozen encoders, which processes run as often as their media need it
+        encoders = ("model.vision_tower.", "model.q", "model.audio_")
+        assert first["whole"] == second["whole"] and all(name.startswith(encoders) for name in first["whole"])
+        assert first["num_whole"] == second["num_whole"] < first["num_parameters"]
+        num_sharded = first["num_parameters"] - first["num_whole"]
+        assert first["held"] + second["held"] == num_sharded + 2 * first["num_whole"]
+        assert max(first["held"], second["held"]) < 0.6 * num_sharded + first["num_whole"]
 
 
 def test_losses_and_weights_are_those_of_one_process(
@@ -194,6 +248,18 @@ def test_no_two_processes_or_workers_read_the_same_of_a_stream(two_processes: tu
     captions = [tuple(caption) for caption in first + second]
     assert len(first) == len(second) == NUM_STREAMED
     assert len(set(captions)) == NUM_CLIPS
+
+
+def test_processes_may_have_different_media(
+    two_processes: tuple[str, Path, Found], one_mixed_process: tuple[Path, list[float], list[float]]
+) -> None:
+    """A part that only some processes run must not have the others wait for it, in training and in evaluation."""
+    _, folder, found = two_processes
+    expected_folder, expected, expected_evaluations = one_mixed_process
+    assert found["mixed"][0]["losses"] == pytest.approx(expected, rel=1e-5)
+    assert found["mixed"][0]["eval_losses"] == pytest.approx(expected_evaluations, rel=1e-5)
+    assert expected_evaluations[-1] == max(expected_evaluations) > expected_evaluations[-2]  # of the best
+    assert_same_weights(folder / "mixed", expected_folder)
 
 
 def test_what_is_trained_stays_float32_beside_frozen_bfloat16(
