@@ -193,7 +193,8 @@ def load_data(
         cache.check_model(model)
         if data_args.random_resized_crop:
             logger.warning("The feature cache is of whole frames: nothing is cropped, despite `random_resized_crop`.")
-    settings = _mixture_settings(data_args, data_args.datasets, args)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    settings = _mixture_settings(data_args, data_args.datasets, args, seed)
     dataset: TrainDataset | TrainIterableDataset
     if data_args.streaming:
         if args.max_steps <= 0:
@@ -214,14 +215,15 @@ def load_eval_data(
     processor: VideoLlamaProcessor,
 ) -> TrainDataset | None:
     """
-    The data sets to evaluate on, or `None` if there are none. Each evaluation sees the same samples in the same order: whole
-    pictures, and frames at equal distances or those of the feature cache, which [`load_data`] has checked.
+    The data sets to evaluate on, or `None` if there are none. Each evaluation, of runs with other seeds as well, sees the
+    same samples in the same order: whole pictures, and frames at equal distances or those of the feature cache, which
+    [`load_data`] has checked.
     """
     if data_args.eval_datasets is None:
         return None
     builder = _make_builder(data_args, branch, processor, sampling="uniform", random_resized_crop=False)
     with args.main_process_first(desc="reading the annotations to evaluate on"):
-        return TrainDataset(builder=builder, **_mixture_settings(data_args, data_args.eval_datasets, args))
+        return TrainDataset(builder=builder, **_mixture_settings(data_args, data_args.eval_datasets, args, seed=0))
 
 
 def _make_builder(
@@ -239,13 +241,15 @@ def _make_builder(
     )
 
 
-def _mixture_settings(data_args: DataArguments, datasets: Any, args: VideoLlamaTrainingArguments) -> dict[str, Any]:
+def _mixture_settings(
+    data_args: DataArguments, datasets: Any, args: VideoLlamaTrainingArguments, seed: int
+) -> dict[str, Any]:
     log_file = data_args.bad_samples_log or Path(args.output_dir) / "bad_samples.jsonl"
     if args.should_save:
         Path(log_file).parent.mkdir(parents=True, exist_ok=True)
     return {
         "sources": [Source(**entry) for entry in datasets],
-        "seed": args.seed if args.data_seed is None else args.data_seed,
+        "seed": seed,
         "max_bad_fraction": data_args.max_bad_fraction,
         "log_file": log_file,
     }

@@ -20,7 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
@@ -191,6 +191,10 @@ class VideoLlamaTrainer(Trainer):
         # On the CPU alone: on the device only dropout draws, and there is none in evaluation
         with torch.random.fork_rng(devices=[]):
             output = super().evaluation_loop(*args, **kwargs)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                # What a backward pass would have done: what is trained is whole otherwise, rounded for the computation
+                module.reshard()
         self._throughput.start += time.perf_counter() - start
         return output
 
