@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
-from training_runs import losses
+from training_runs import eval_losses, losses
 
 from transformers_videollama.training.mixture import TrainIterableDataset
 from transformers_videollama.training.run import main
@@ -27,9 +27,11 @@ def run_all(path: Path) -> None:
         parameters = dict(trainer.model.named_parameters())
         found = {
             "losses": losses(trainer),
+            "eval_losses": eval_losses(trainer),
             "kind": trainer.accelerator.distributed_type.value,
             "wrapper": type(trainer.model_wrapped).__name__,
             "whole": sorted(name for name, parameter in parameters.items() if not isinstance(parameter, DTensor)),
+            "num_whole": sum(p.numel() for p in parameters.values() if not isinstance(p, DTensor)),
             "num_parameters": sum(parameter.numel() for parameter in parameters.values()),
             "held": sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters.values()),
         }

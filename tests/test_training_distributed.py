@@ -15,8 +15,9 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from distributed_runs import NUM_STREAMED
 from media_files import write_media
+from PIL import Image
 from safetensors.torch import load_file
-from training_runs import losses
+from training_runs import eval_losses, losses
 
 from transformers_videollama import VideoLlamaForConditionalGeneration, VideoLlamaProcessor
 from transformers_videollama.training.run import main
@@ -51,6 +52,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_media(folder / f"{number}.mp4", num_frames=4 + number % 3)
         rows.append(f"{number},{' '.join([str(number)] * (1 + number % 5))},.")
     (folder / "webvid.csv").write_text("\n".join(rows) + "\n")
+    Image.new("RGB", (32, 24), "red").save(folder / "red.png")
+    media = [[], ["video"], ["image"], ["image", "video", "image"]]
+    lines = []
+    for number in range(NUM_CLIPS):
+        paths = {"image": "red.png", "video": f"{number}.mp4"}
+        shown = [{"type": kind, "path": paths[kind]} for kind in media[number % len(media)]]
+        question = {"role": "user", "content": [*shown, {"type": "text", "text": "What is it?"}]}
+        answer = {
+            "role": "assistant",
+            "content": [{"type": "text", "text": " ".join([str(number)] * (1 + number % 5))}],
+        }
+        lines.append(json.dumps({"messages": [question, answer]}))
+    (folder / "chat.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 
@@ -77,6 +91,37 @@ def arguments(model: Path, data: Path, output_dir: Path, **settings: Any) -> lis
     return [f"--{name}={value}" for name, value in settings.items()]
 
 
+def mixed_arguments(model: Path, data: Path, output_dir: Path, batch_size: int, **settings: Any) -> list[str]:
+    """Of a run on texts with a video, images, both or nothing, which is evaluated at every step."""
+    source = json.dumps([{"format": "chat", "annotations": str(data / "chat.jsonl"), "media_root": str(data)}])
+    settings = {
+        "datasets": source,
+        "eval_datasets": source,
+        "text_format": "chat",
+        "max_steps": 3,
+        "save_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": batch_size,
+        # The first, as the loss falls, so that another is loaded than there is
+        "load_best_model_at_end": True,
+        "greater_is_better": True,
+        **settings,
+    }
+    return arguments(model, data, output_dir, **settings)
+
+
+@pytest.fixture(scope="module")
+def one_mixed_process(
+    model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[float], list[float]]:
+    """The folder, the losses and those of evaluation of a mixed run in this process alone."""
+    folder = tmp_path_factory.mktemp("mixed") / "run"
+    trainer = main(mixed_arguments(model_folder, data, folder, 2))
+    return folder, losses(trainer), eval_losses(trainer)
+
+
 @pytest.fixture(scope="module")
 def one_process(model_folder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The same run in this process alone."""
@@ -101,11 +146,14 @@ def two_processes(
     shutil.copytree(one_process[0] / f"checkpoint-{SAVED_STEP}", folder / "resumed" / f"checkpoint-{SAVED_STEP}")
     streamed = {"streaming": True, "max_steps": 1, "dataloader_num_workers": 2, "save_strategy": "no"}
     short = {"max_steps": 1, "save_strategy": "no"}
+    source = json.dumps([{"format": "webvid", "annotations": str(data / "webvid.csv"), "media_root": str(data)}])
+    evaluated = {"eval_datasets": source, "eval_strategy": "steps", "eval_steps": 1}
     runs = {
         "whole": arguments(model_folder, data, folder / "whole", **halves),
         "resumed": arguments(model_folder, data, folder / "resumed", **halves, resume_from_checkpoint="last"),
         "streamed": arguments(model_folder, data, folder / "streamed", **{**halves, **streamed}),
-        "bf16": arguments(model_folder, data, folder / "bf16", **halves, **short, bf16=True),
+        "bf16": arguments(model_folder, data, folder / "bf16", **halves, **short, **evaluated, bf16=True),
+        "mixed": mixed_arguments(model_folder, data, folder / "mixed", 1),
         "lora": arguments(model_folder, data, folder / "lora", **halves, **short, lora_r=2),
     }
     (folder / "runs.json").write_text(json.dumps(runs))
@@ -152,9 +200,13 @@ def test_the_model_is_replicated_or_sharded(two_processes: Runs) -> None:
         assert first["held"] == second["held"] == first["num_parameters"]
     else:
         assert first["kind"] == "FSDP" and first["wrapper"].startswith("FSDP")
-        assert first["whole"] == second["whole"] == ["model.audio_tower.logit_scale"]  # a single number
-        assert first["held"] + second["held"] == first["num_parameters"] + 1
-        assert max(first["held"], second["held"]) < 0.6 * first["num_parameters"]
+        # The frozen encoders, which processes run as often as their media need it
+        encoders = ("model.vision_tower.", "model.q", "model.audio_")
+        assert first["whole"] == second["whole"] and all(name.startswith(encoders) for name in first["whole"])
+        assert first["num_whole"] == second["num_whole"] < first["num_parameters"]
+        num_sharded = first["num_parameters"] - first["num_whole"]
+        assert first["held"] + second["held"] == num_sharded + 2 * first["num_whole"]
+        assert max(first["held"], second["held"]) < 0.6 * num_sharded + first["num_whole"]
 
 
 def test_losses_and_weights_are_those_of_one_process(two_processes: Runs, one_process: Run) -> None:
@@ -187,12 +239,24 @@ def test_no_two_processes_or_workers_read_the_same_of_a_stream(two_processes: Ru
     assert len(set(captions)) == NUM_CLIPS
 
 
+def test_processes_may_have_different_media(
+    two_processes: Runs, one_mixed_process: tuple[Path, list[float], list[float]]
+) -> None:
+    """A part that only some processes run must not have the others wait for it, in training and in evaluation."""
+    _, folder, found = two_processes
+    expected_folder, expected, expected_evaluations = one_mixed_process
+    assert found["mixed"][0]["losses"] == pytest.approx(expected, rel=1e-5)
+    assert found["mixed"][0]["eval_losses"] == pytest.approx(expected_evaluations, rel=1e-5)
+    assert expected_evaluations[-1] == max(expected_evaluations) > expected_evaluations[-2]  # of the best
+    assert_same_weights(folder / "mixed", expected_folder)
+
+
 def test_what_is_trained_stays_float32_beside_frozen_bfloat16(two_processes: Runs, one_process: Run) -> None:
     _, folder, found = two_processes
     assert found["bf16"][0]["losses"] == pytest.approx(one_process[1][:1], rel=1e-2)
     tensors = load_file(folder / "bf16" / "trained_part.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
-    # Not rounded on their way
+    # Not rounded on their way, and not by the evaluation before they were saved
     assert any((tensor != tensor.bfloat16().float()).any() for tensor in tensors.values())
 
 

@@ -20,7 +20,7 @@ from transformers_videollama import (
     save_trained_part,
 )
 from transformers_videollama.training.arguments import parse_arguments
-from transformers_videollama.training.run import load_model, main
+from transformers_videollama.training.run import load_eval_data, load_model, main
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "training"
 # branch, trained on captions, steps, batch, peak, minimum, warm-up
@@ -102,6 +102,12 @@ def test_no_file_is_needed(tmp_path: Path) -> None:
         ("datasets: [{format: chat, annotations: a, wait: 1}]", r"datasets\[0\]` has wait, which is unknown"),
         ("datasets: [{format: chat, annotations: a, weight: 0}]", "weight 0: it must be a number above 0"),
         ("model: ''", "Give the model to train"),
+        ("trainable: [video_branch, ears]", "`trainable` must be one of video_branch, .*but is 'ears'"),
+        ("trainable: []", "`trainable` is empty"),
+        ("eval_datasets: [{format: chat}]", r"eval_datasets\[0\]` needs `format` and `annotations`"),
+        ("eval_datasets: nothing", "`--eval_datasets` must be a JSON list"),
+        ("eval_strategy: steps", "`eval_strategy` needs data to evaluate on: give them as `eval_datasets`"),
+        ("do_eval: true", "`do_eval` needs data to evaluate on"),
     ],
 )
 def test_wrong_settings_are_refused_by_name(line: str, message: str, config: Path) -> None:
@@ -109,6 +115,23 @@ def test_wrong_settings_are_refused_by_name(line: str, message: str, config: Pat
     values = {**yaml.safe_load(config.read_text()), **yaml.safe_load(line)}
     assert name in values
     config.write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match=message):
+        parse_arguments([str(config)])
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"trainable": ["language_model"], "lora_r": 2}, "`trainable` has `language_model`, and `lora_r`"),
+        ({"trainable": ["qformer"], "feature_cache": "features"}, "`qformer`, whose work `feature_cache` holds"),
+        ({"do_eval": True, "load_best_model_at_end": True, "save_strategy": "no"}, "needs evaluations to choose by"),
+        ({"do_eval": True, "save_strategy": "best"}, "`save_strategy: best` needs evaluations to choose by"),
+        ({"do_eval": True, "metric_for_best_model": "accuracy"}, "'accuracy', but the loss alone is measured"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings: dict[str, Any], message: str, config: Path) -> None:
+    evaluation = {"eval_datasets": [{"format": "chat", "annotations": "chat.jsonl"}]}
+    config.write_text(yaml.safe_dump({**yaml.safe_load(config.read_text()), **evaluation, **settings}))
     with pytest.raises(ValueError, match=message):
         parse_arguments([str(config)])
 
@@ -211,6 +234,71 @@ def test_imagebinds_vision_tower_is_loaded_only_for_frames_of_the_audio_branch(
         model_args, _, training = parse_arguments(["--model", str(tiny_folder), "--branch", branch, *flags])
         model = load_model(model_args, training, on_frames=on_frames)
         assert (model.model.audio_vision_tower is not None) == (branch == "audio" and on_frames)
+
+
+def test_what_is_trained_is_not_rounded_on_its_way(tiny_folder: Path, tmp_path: Path) -> None:
+    model = VideoLlamaForConditionalGeneration.from_pretrained(tiny_folder, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1e-4 * torch.rand_like(parameter))
+    model.save_pretrained(tmp_path / "model")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    flags = ["--datasets", '[{"format": "chat", "annotations": "a"}]', "--output_dir", str(tmp_path / "run")]
+    flags += ["--model", str(tmp_path / "model"), "--use_cpu", "--bf16", "--trainable", "video_branch", "qformer"]
+    model_args, _, training = parse_arguments(flags)
+    plain = VideoLlamaForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    loaded = load_model(model_args, training)
+    for name, parameter in loaded.named_parameters():
+        trained = name.startswith(("model.video_branch.", "model.qformer.", "model.query_tokens"))
+        assert parameter.requires_grad == trained
+        assert parameter.dtype == (torch.float32 if trained else plain.get_parameter(name).dtype), name
+        assert torch.equal(parameter, stored[name].to(parameter.dtype)), name
+    branch = loaded.model.video_branch.projector.weight
+    assert not torch.equal(branch, branch.bfloat16().float())
+    # Whoever loads a model afterwards gets what they ask for
+    again = VideoLlamaForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert again.model.video_branch.projector.weight.dtype == torch.bfloat16
+    for name, parameter in again.named_parameters():
+        assert parameter.dtype == plain.get_parameter(name).dtype, name
+
+
+def test_a_list_of_parts_trains_and_loads_again(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    flags = arguments(1, tiny_folder, data, tmp_path / "run", merge=True, max_steps=1)
+    trained = main([*flags, "--trainable", "qformer", "video_branch"]).model
+    assert json.loads((tmp_path / "run" / "trained_part.json").read_text())["parts"] == ["video_branch", "qformer"]
+    base = VideoLlamaForConditionalGeneration.from_pretrained(tiny_folder)
+    loaded = from_trained_part(tmp_path / "run")
+    merged = VideoLlamaForConditionalGeneration.from_pretrained(tmp_path / "run" / "merged")
+    assert not torch.equal(trained.model.query_tokens, base.model.query_tokens)
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, trained.get_parameter(name)), name
+        assert torch.equal(parameter, merged.get_parameter(name)), name
+
+
+def test_a_run_evaluates(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    held_out = json.dumps([{"format": "chat", "annotations": str(data / "chat.jsonl"), "media_root": str(data)}])
+    evaluation = {"eval_datasets": held_out, "eval_strategy": "steps", "eval_steps": 1}
+    trainer = main(arguments(2, tiny_folder, data, tmp_path / "run", **evaluation))
+    found = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    assert len(found) == 3 and found[0] != found[1] == found[2]  # after each of two steps, and at the end
+    assert json.loads((tmp_path / "run" / "eval_results.json").read_text())["eval_loss"] == found[2]
+
+
+def test_evaluation_sees_the_same_whatever_the_training_draws(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    source = {"format": "webvid", "annotations": str(data / "webvid.csv"), "media_root": str(data)}
+    held_out = json.dumps([{**source, "weight": 1}, {**source, "weight": 3}])
+    processor = VideoLlamaProcessor.from_pretrained(tiny_folder)
+    seen = []
+    for draws in ({"seed": 1}, {"seed": 2, "sampling": "headtail"}, {"seed": 3, "random_resized_crop": False}):
+        flags = arguments(1, tiny_folder, data, tmp_path, eval_datasets=held_out, do_eval=True, **draws)
+        model_args, data_args, training = parse_arguments(flags)
+        dataset = load_eval_data(data_args, model_args.branch, training, processor)
+        seen.append([dataset[index] for index in range(len(dataset))])
+    assert len(seen[0]) > 8
+    for first, *others in zip(*seen, strict=True):
+        for other in others:
+            assert torch.equal(other["input_ids"], first["input_ids"])
+            assert torch.equal(other["pixel_values_videos"][0], first["pixel_values_videos"][0])
 
 
 def test_an_adapter_is_merged(tiny_folder: Path, data: Path, tmp_path: Path) -> None:

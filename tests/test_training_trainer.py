@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_model import tiny_model
-from training_runs import losses, make_dataset, make_model, make_trainer
+from training_runs import eval_losses, losses, make_dataset, make_model, make_trainer
 
-from transformers_videollama import VideoLlamaForConditionalGeneration, from_trained_part
+from transformers_videollama import VideoLlamaForConditionalGeneration, from_trained_part, load_trained_part
 from transformers_videollama.training.arguments import ModelArguments
+from transformers_videollama.training.checkpoints import find_damage, list_checkpoints
 from transformers_videollama.training.run import add_adapter
 from transformers_videollama.training.trainer import VideoLlamaTrainer
 
@@ -97,9 +98,98 @@ def test_untrainable_and_unsavable_models_are_refused(tmp_path: Path) -> None:
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="set_trainable"):
         make_trainer(tmp_path, model=model)
-    model.set_trainable(["video_branch", "qformer"])
-    with pytest.raises(ValueError, match=r"model\.q(uery_tokens|former).*checkpoints hold"):
+    model.set_trainable(["video_branch", "audio_tower"])
+    with pytest.raises(ValueError, match=r"model\.audio_tower.*checkpoints hold"):
         make_trainer(tmp_path, model=model)
+
+
+def test_other_parts_than_a_branch_train_and_are_saved(tmp_path: Path) -> None:
+    model = tiny_model()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    trained = model.set_trainable(["video_branch", "vision_tower", "qformer", "language_model"])
+    trainer = make_trainer(tmp_path / "run", model=model, max_steps=2)
+    trainer.train()
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed <= set(trained)
+    for name in (
+        "model.query_tokens",
+        "lm_head.weight",
+        "model.vision_tower",
+        "model.qformer",
+        "model.language_model",
+    ):
+        assert any(parameter.startswith(name) for parameter in changed), name
+    trainer.save_model()
+    other = tiny_model()
+    assert load_trained_part(other, tmp_path / "run") == [
+        "video_branch", "vision_tower", "qformer", "language_model"
+    ]  # fmt: skip
+    for name, parameter in model.named_parameters():
+        assert torch.equal(other.get_parameter(name), parameter), name
+
+
+def test_texts_without_media_train_beside_others(model: VideoLlamaForConditionalGeneration, tmp_path: Path) -> None:
+    def train(only_texts: bool, num_rows: int, **settings: Any) -> dict[str, torch.Tensor]:
+        trainer = make_trainer(tmp_path / "run", model=model, num_rows=num_rows, max_steps=1, **settings)
+        collator = trainer.data_collator
+
+        def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+            """In every second batch the words of a text in place of a video."""
+            collate.calls += 1
+            batch = collator(samples)
+            if only_texts or collate.calls % 2:
+                batch["input_ids"][batch["input_ids"] == model.config.video_token_id] = 5
+                batch = {name: value for name, value in batch.items() if "videos" not in name}
+            return batch
+
+        collate.calls = 0
+        trainer.data_collator = collate
+        return first_gradients(trainer)
+
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = train(only_texts=True, num_rows=2)
+    assert found.keys() == trained and not any(gradient.any() for gradient in found.values())
+    found = train(only_texts=False, num_rows=4, gradient_accumulation_steps=2)
+    assert found.keys() == trained and any(gradient.any() for gradient in found.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["map-style", "streaming"])
+def test_evaluating_changes_nothing_of_the_training(streaming: bool, tmp_path: Path) -> None:
+    settings = {"streaming": streaming, "max_steps": 6, "gradient_accumulation_steps": 2}
+    plain = make_trainer(tmp_path / "plain", **settings)
+    plain.train()
+    evaluations = {"num_eval_rows": 5, "eval_strategy": "steps", "eval_steps": 1, "eval_on_start": True}
+    evaluated = make_trainer(
+        tmp_path / "evaluated", **settings, **evaluations, dataloader_num_workers=0, per_device_eval_batch_size=2
+    )
+    evaluated.train()
+    assert losses(evaluated) == losses(plain)
+    for name, parameter in plain.model.named_parameters():
+        assert torch.equal(evaluated.model.get_parameter(name), parameter)
+    found = eval_losses(evaluated)
+    assert len(found) == 7 and len(set(found)) == 7
+    assert evaluated.evaluate()["eval_loss"] == found[-1]  # the same samples, without dropout
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path: Path) -> None:
+    steps = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    # Of a loss that falls the largest is the first
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    trainer = make_trainer(tmp_path / "run", num_eval_rows=4, save_total_limit=1, **steps, **best)
+    trainer.train()
+    found = eval_losses(trainer)
+    step = 1 + found.index(max(found))
+    assert step < len(found)
+    checkpoint = tmp_path / "run" / f"checkpoint-{step}"
+    assert trainer.state.best_model_checkpoint == str(checkpoint)
+    assert list_checkpoints(tmp_path / "run") == [checkpoint] and find_damage(checkpoint) is None
+    for name, tensor in load_file(checkpoint / "trained_part.safetensors").items():
+        assert torch.equal(trainer.model.get_parameter(f"model.{name}"), tensor)
+    assert trainer.evaluate()["eval_loss"] == max(found)
 
 
 def test_accumulated_batches_weigh_every_label_alike(tmp_path: Path) -> None:

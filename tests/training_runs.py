@@ -78,19 +78,26 @@ def make_trainer(
     num_rows: int = 10,
     model: Any = None,
     data: Path | None = None,
+    num_eval_rows: int = 0,
     **kwargs: Any,
 ) -> VideoLlamaTrainer:
     """A trainer of the tiny model; `data` is the folder of its annotations, and `kwargs` are training arguments."""
+    data = data or output_dir.parent / "data"
     return VideoLlamaTrainer(
         model=make_model() if model is None else model,
         args=make_arguments(output_dir, **kwargs),
-        train_dataset=make_dataset(data or output_dir.parent / "data", num_rows, streaming),
+        train_dataset=make_dataset(data, num_rows, streaming),
+        eval_dataset=make_dataset(data, num_eval_rows) if num_eval_rows else None,
         data_collator=VideoLlamaDataCollator(pad_token_id=0),
     )
 
 
 def losses(trainer: VideoLlamaTrainer) -> list[float]:
     return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def eval_losses(trainer: VideoLlamaTrainer) -> list[float]:
+    return [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
 
 
 def train_to_the_end(output_dir: Path, data: Path, streaming: bool, num_workers: int) -> None:

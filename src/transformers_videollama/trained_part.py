@@ -1,7 +1,7 @@
 """A model's trained part: a checkpoint of the video branch, the audio branch or both, which loads onto the frozen parts.
 
-Only the two branches are ever trained, so this is all that a training run has to keep: some hundred megabytes in place of
-the whole model. A folder of this form holds `trained_part.safetensors`, with the tensors under the model's own names, and
+As a rule the branches alone are trained, so this is all that a training run has to keep: some hundred megabytes in place of
+the whole model. Other parts that were trained are kept in the same way. A folder of this form holds `trained_part.safetensors`, with the tensors under the model's own names, and
 `trained_part.json`, which names the model that they belong to and the sizes that must fit.
 """
 
@@ -26,6 +26,7 @@ logger = logging.get_logger(__name__)
 WEIGHTS_NAME = "trained_part.safetensors"
 DESCRIPTION_NAME = "trained_part.json"
 BRANCHES = ("video_branch", "audio_branch")
+PARTS = (*BRANCHES, "vision_tower", "qformer", "language_model")
 
 Model = VideoLlamaForConditionalGeneration | VideoLlamaModel
 
@@ -39,7 +40,7 @@ def save_trained_part(
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> Path:
     """
-    Saves the trained branches of a model.
+    Saves the trained parts of a model.
 
     Files are written under another name first, so that a folder never holds half of one.
 
@@ -47,8 +48,9 @@ def save_trained_part(
         model (`VideoLlamaForConditionalGeneration` or `VideoLlamaModel`): The model.
         directory (`str` or `os.PathLike`): The folder, made if need be.
         parts (`list[str]`, *optional*):
-            `"video_branch"`, `"audio_branch"`, or both. By default those with parameters that require a gradient or, in a
-            model without any, all that it has.
+            Some of `"video_branch"`, `"audio_branch"`, `"vision_tower"`, `"qformer"` (with `query_tokens`) and
+            `"language_model"` (with the head). By default the branches with parameters that require a gradient or, in a
+            model without any, all branches that it has.
         base_model (`str`, *optional*):
             Folder or Hub id of the model with the frozen parts. By default where `model` was loaded from.
         base_revision (`str`, *optional*): Its revision on the Hub.
@@ -59,34 +61,34 @@ def save_trained_part(
         `Path`: the folder.
 
     Raises:
-        ValueError: if the model has no such branch.
+        ValueError: if the model has no such part.
     """
-    branches = {name: _branch(model, name) for name in BRANCHES}
     if parts is None:
+        branches = {name: _part(model, name) for name in BRANCHES}
         present = [name for name, branch in branches.items() if branch is not None]
         trained = [name for name in present if any(p.requires_grad for p in branches[name].parameters())]
         parts = trained or present
+    tensors = {}
     for name in parts:
-        if branches.get(name) is None:
-            raise ValueError(_missing_branch(name))
-    prefix = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
-    tensors = {
-        f"{name}.{key}": (tensor if state_dict is None else state_dict[f"{prefix}{name}.{key}"])
-        for name in parts
-        for key, tensor in branches[name].state_dict().items()
-    }
+        if _part(model, name) is None:
+            raise ValueError(_missing_part(name))
+        tensors |= _part_tensors(model, name)
+    if state_dict is not None:
+        prefix = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+        tensors = {name: state_dict[name if name.startswith("lm_head.") else prefix + name] for name in tensors}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     decoder_name, _, decoder_terms = describe_decoder(model.config)
+    frozen = {
+        "vision_tower": "EVA-CLIP ViT-g/14, MIT",
+        "qformer": "BLIP-2, BSD-3-Clause",
+        **({"audio_tower": "ImageBind-Huge, CC-BY-NC 4.0"} if "audio_branch" in parts else {}),
+        "language_model": f"{decoder_name}, {decoder_terms}",
+    }
     description = {
         "parts": list(parts),
         "base_model": base_model or model.config._name_or_path or None,
         "base_revision": base_revision,
-        "frozen_parts": {
-            "vision_tower": "EVA-CLIP ViT-g/14, MIT",
-            "qformer": "BLIP-2, BSD-3-Clause",
-            **({"audio_tower": "ImageBind-Huge, CC-BY-NC 4.0"} if "audio_branch" in parts else {}),
-            "language_model": f"{decoder_name}, {decoder_terms}",
-        },
+        "frozen_parts": {name: terms for name, terms in frozen.items() if name not in parts},
         "sizes": _sizes(model.config, parts),
     }
     folder = Path(directory)
@@ -99,8 +101,8 @@ def save_trained_part(
 
 def load_trained_part(model: Model, path_or_repo_id: str | os.PathLike, **kwargs: Any) -> list[str]:
     """
-    Loads trained branches onto a model, in place. Branches that are not in the file keep their weights, so that a video
-    and an audio branch can be loaded one after the other.
+    Loads trained parts onto a model, in place. Parts that are not in the file keep their weights, so that a video and an
+    audio branch can be loaded one after the other.
 
     Args:
         model (`VideoLlamaForConditionalGeneration` or `VideoLlamaModel`): The model.
@@ -109,7 +111,7 @@ def load_trained_part(model: Model, path_or_repo_id: str | os.PathLike, **kwargs
             `subfolder`.
 
     Returns:
-        `list[str]`: the branches that were loaded.
+        `list[str]`: the parts that were loaded.
 
     Raises:
         OSError: if there is no such folder or repository, or if it holds no trained part.
@@ -118,17 +120,12 @@ def load_trained_part(model: Model, path_or_repo_id: str | os.PathLike, **kwargs
     """
     description = _read_description(path_or_repo_id, **kwargs)
     parts = description["parts"]
-    branches = {}
     for name in parts:
-        branch = _branch(model, name)
-        if branch is None:
-            raise ValueError(f"{path_or_repo_id}: {_missing_branch(name)}")
-        branches[name] = branch
+        if _part(model, name) is None:
+            raise ValueError(f"{path_or_repo_id}: {_missing_part(name)}")
     _check_sizes(path_or_repo_id, description, model)
 
-    targets = {
-        f"{name}.{key}": tensor for name, branch in branches.items() for key, tensor in branch.state_dict().items()
-    }
+    targets = {key: tensor for name in parts for key, tensor in _part_tensors(model, name).items()}
     offloaded = sorted(name for name, tensor in targets.items() if tensor.is_meta)
     if offloaded:
         raise ValueError(
@@ -197,7 +194,7 @@ def push_trained_part_to_hub(
     create_pr: bool = False,
 ) -> CommitInfo:
     """
-    Uploads the trained branches of a model in one commit, with a model card if the repository has none.
+    Uploads the trained parts of a model in one commit, with a model card if the repository has none.
 
     Args:
         model, parts, base_model, base_revision: As for [`save_trained_part`].
@@ -230,14 +227,26 @@ def push_trained_part_to_hub(
         )
 
 
-def _branch(model: Model, name: str) -> torch.nn.Module | None:
-    return getattr(getattr(model, model.base_model_prefix, model), name, None)
+def _part(model: Model, name: str) -> torch.nn.Module | None:
+    return getattr(getattr(model, model.base_model_prefix, model), name, None) if name in PARTS else None
 
 
-def _missing_branch(name: str) -> str:
+def _part_tensors(model: Model, name: str) -> dict[str, torch.Tensor]:
+    """A part's tensors under the names of `VideoLlamaModel`, with what belongs to the part but is not inside of it."""
+    base: Any = getattr(model, model.base_model_prefix, model)
+    tensors = {f"{name}.{key}": tensor for key, tensor in getattr(base, name).state_dict().items()}
+    if name == "qformer":
+        tensors["query_tokens"] = base.query_tokens
+    head = getattr(model, "lm_head", None)
+    if name == "language_model" and head is not None and head.weight is not base.get_input_embeddings().weight:
+        tensors["lm_head.weight"] = head.weight
+    return tensors
+
+
+def _missing_part(name: str) -> str:
     if name == "audio_branch":
         return "it is about the audio branch, which this model lacks (`config.audio_config` is None)."
-    return f"there is no part {name!r}: choose from {', '.join(BRANCHES)}."
+    return f"there is no part {name!r}: choose from {', '.join(PARTS)}."
 
 
 def _sizes(config: Any, parts: list[str]) -> dict[str, int]:

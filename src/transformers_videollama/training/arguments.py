@@ -12,8 +12,13 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 BRANCHES = ("video", "audio")
+# Sound is never read in training, and ImageBind's towers must stay in their common space: they are not among these
+TRAINABLE_PARTS = ("video_branch", "audio_branch", "vision_tower", "qformer", "language_model")
 TEXT_FORMATS = ("caption", "chat")
 SAMPLINGS = ("headtail", "uniform")
 DATASET_KEYS = ("format", "annotations", "media_root", "weight")
@@ -29,7 +34,18 @@ class ModelArguments:
     )
     branch: str = field(
         default="video",
-        metadata={"help": "The branch that is trained; everything else is frozen.", "choices": list(BRANCHES)},
+        metadata={
+            "help": "The branch that is trained, everything else being frozen: `audio` has frames go through ImageBind.",
+            "choices": list(BRANCHES),
+        },
+    )
+    trainable: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The parts that are trained, in place of the branch alone: `qformer` comes with its query tokens, "
+            "`language_model` with its head.",
+            "choices": list(TRAINABLE_PARTS),
+        },
     )
     trained_part: str | None = field(
         default=None,
@@ -68,6 +84,18 @@ class ModelArguments:
                 "Give the model to train as `--model <folder or Hub id>` or as `model:` in the YAML file."
             )
         _check_choice("branch", self.branch, BRANCHES)
+        if self.trainable is None:
+            self.trainable = [f"{self.branch}_branch"]
+        elif isinstance(self.trainable, str):
+            self.trainable = [self.trainable]
+        if not self.trainable:
+            raise ValueError(f"`trainable` is empty: name parts among {', '.join(TRAINABLE_PARTS)}, or leave it out.")
+        for part in self.trainable:
+            _check_choice("trainable", part, TRAINABLE_PARTS)
+        if self.lora_r and "language_model" in self.trainable:
+            raise ValueError(
+                "`trainable` has `language_model`, and `lora_r` adds an adapter to it: train the decoder in one of the two ways."
+            )
 
 
 @dataclass
@@ -80,6 +108,13 @@ class DataArguments:
             "help": "The data sets, a list in YAML or JSON of entries with `format`, `annotations`, `media_root` "
             "(optional) and `weight` (share of the samples, for all data sets or for none: without, each sample is "
             "drawn once an epoch)."
+        },
+    )
+    eval_datasets: list[dict[str, Any]] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Data sets to evaluate the loss on, in the form of `datasets`; `eval_strategy` says when, `do_eval` for "
+            "once at the end. Whole pictures and frames at equal distances are shown, in a fixed order."
         },
     )
     text_format: str = field(
@@ -120,12 +155,10 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.datasets, str):
-            try:
-                self.datasets = json.loads(self.datasets)
-            except ValueError as error:
-                raise ValueError(f"`--datasets` must be a JSON list, but is {self.datasets!r} ({error}).") from error
-        self.datasets = check_datasets(self.datasets)
+        self.datasets = check_datasets(_read_json("datasets", self.datasets))
+        self.eval_datasets = _read_json("eval_datasets", self.eval_datasets)
+        if self.eval_datasets is not None:
+            self.eval_datasets = check_datasets(self.eval_datasets, "eval_datasets")
         _check_choice("text_format", self.text_format, TEXT_FORMATS)
         _check_choice("sampling", self.sampling, SAMPLINGS)
         if not 0 <= self.max_bad_fraction <= 1:
@@ -155,14 +188,13 @@ class VideoLlamaTrainingArguments(TrainingArguments):
         default=0.0, metadata={"help": "Norm at which gradients are clipped; 0, as published, for never."}
     )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
-    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluate the loss alone."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: samples have no columns."})
     hub_strategy: str = field(default="end", metadata={"help": "When the trained part is pushed to the Hub."})
 
 
-def check_datasets(datasets: Any) -> list[dict[str, Any]]:
+def check_datasets(datasets: Any, field_name: str = "datasets") -> list[dict[str, Any]]:
     """
-    Checks the list of data sets.
+    Checks the list of data sets that `field_name` holds.
 
     Raises:
         ValueError: naming the entry and what is wrong with it.
@@ -170,22 +202,22 @@ def check_datasets(datasets: Any) -> list[dict[str, Any]]:
     example = '[{"format": "chat", "annotations": "train.jsonl", "media_root": "clips", "weight": 1}]'
     if not isinstance(datasets, list) or not datasets:
         raise ValueError(
-            f"`datasets` must be a list of at least one data set, such as {example}, but is {datasets!r}."
+            f"`{field_name}` must be a list of at least one data set, such as {example}, but is {datasets!r}."
         )
     for number, entry in enumerate(datasets):
         if not isinstance(entry, dict) or not {"format", "annotations"} <= set(entry):
             raise ValueError(
-                f"`datasets[{number}]` needs `format` and `annotations`, as in {example}, but is {entry!r}."
+                f"`{field_name}[{number}]` needs `format` and `annotations`, as in {example}, but is {entry!r}."
             )
         unknown = sorted(set(entry) - set(DATASET_KEYS))
         if unknown:
             raise ValueError(
-                f"`datasets[{number}]` has {', '.join(unknown)}, which is unknown: choose from {', '.join(DATASET_KEYS)}."
+                f"`{field_name}[{number}]` has {', '.join(unknown)}, which is unknown: choose from {', '.join(DATASET_KEYS)}."
             )
         weight = entry.get("weight")
         is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if weight is not None and not (is_number and weight > 0):
-            raise ValueError(f"`datasets[{number}]` has weight {weight!r}: it must be a number above 0.")
+            raise ValueError(f"`{field_name}[{number}]` has weight {weight!r}: it must be a number above 0.")
     return datasets
 
 
@@ -197,7 +229,8 @@ def parse_arguments(
     line wins.
 
     Raises:
-        ValueError: for a file that is no mapping, for keys that are unknown, and for values that do not fit.
+        ValueError: for a file that is no mapping, for keys that are unknown, and for values that do not fit, alone or
+            together.
         OSError: if the file cannot be read.
         SystemExit: from `argparse`, for unknown flags.
     """
@@ -217,7 +250,44 @@ def parse_arguments(
     config = given.pop("config")
     values = _read_yaml(Path(config), types) if config is not None else {}
     model, data, training = parser.parse_dict({**values, **given})
+    _check_evaluation(data, training)
+    encoders = [part for part in model.trainable if part in ("vision_tower", "qformer")]
+    if encoders and data.feature_cache is not None:
+        raise ValueError(
+            f"`trainable` has `{encoders[0]}`, whose work `feature_cache` holds already: train it without the cache."
+        )
     return model, data, training
+
+
+def _check_evaluation(data: DataArguments, training: VideoLlamaTrainingArguments) -> None:
+    """Refuses what would evaluate nothing, or fail at the first evaluation, hours after the start."""
+    during = training.eval_strategy != "no"
+    chooses = {
+        "load_best_model_at_end": training.load_best_model_at_end,
+        "save_strategy: best": training.save_strategy == "best",
+    }
+    evaluates = {
+        "eval_strategy": during,
+        "do_eval": training.do_eval,
+        "eval_on_start": training.eval_on_start,
+        **chooses,
+    }
+    wanted = [name for name, is_set in evaluates.items() if is_set]
+    if data.eval_datasets is None and wanted:
+        raise ValueError(
+            f"`{wanted[0]}` needs data to evaluate on: give them as `eval_datasets`, in the form of `datasets`."
+        )
+    if not during and any(chooses.values()):
+        name = next(name for name, is_set in chooses.items() if is_set)
+        raise ValueError(
+            f"`{name}` needs evaluations to choose by: say when with `eval_strategy`, `steps` or `epoch`."
+        )
+    if training.metric_for_best_model not in (None, "loss", "eval_loss"):
+        raise ValueError(
+            f"`metric_for_best_model` is {training.metric_for_best_model!r}, but the loss alone is measured: `eval_loss`."
+        )
+    if data.eval_datasets is not None and not wanted:
+        logger.warning("`eval_datasets` are not used: set `eval_strategy`, or `do_eval` to evaluate once at the end.")
 
 
 def _read_yaml(path: Path, types: dict[str, Any]) -> dict[str, Any]:
@@ -238,6 +308,15 @@ def _read_yaml(path: Path, types: dict[str, Any]) -> dict[str, Any]:
             except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
                 raise ValueError(f"{path}: `{name}` cannot be {value!r}: {error}") from error
     return values
+
+
+def _read_json(name: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"`--{name}` must be a JSON list, but is {value!r} ({error}).") from error
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -5,7 +5,8 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ LAST = ("last", "true")
 
 def main(argv: Sequence[str] | None = None) -> VideoLlamaTrainer:
     """
-    Trains a branch as the arguments say, and saves it to `output_dir`.
+    Trains a branch as the arguments say, saves it to `output_dir` and, with `do_eval`, evaluates it.
 
     Args:
         argv (`Sequence[str]`, *optional*): The arguments (see [`parse_arguments`]); those of the process by default.
@@ -48,11 +49,18 @@ def main(argv: Sequence[str] | None = None) -> VideoLlamaTrainer:
     model = load_model(model_args, args, on_frames=data_args.feature_cache is None)
     dataset, collator = load_data(data_args, model_args.branch, args, processor, model)
     trainer = VideoLlamaTrainer(
-        model=model, args=args, train_dataset=dataset, data_collator=collator, processing_class=processor
+        model=model,
+        args=args,
+        train_dataset=dataset,
+        eval_dataset=load_eval_data(data_args, model_args.branch, args, processor),
+        data_collator=collator,
+        processing_class=processor,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_state()
     trainer.save_model()
+    if args.do_eval:
+        trainer.save_metrics("eval", trainer.evaluate(), combined=False)
+    trainer.save_state()
     if model_args.merge and trainer.is_world_process_zero():
         save_merged(args.output_dir, Path(args.output_dir) / "merged", model.config._name_or_path, processor)
     trainer.accelerator.wait_for_everyone()
@@ -96,7 +104,7 @@ def load_model(
     model_args: ModelArguments, args: VideoLlamaTrainingArguments, on_frames: bool = True
 ) -> VideoLlamaForConditionalGeneration:
     """
-    The model, with the chosen branch trainable in float32 and all other parts frozen.
+    The model, with the chosen parts trainable in float32, as exact as they are stored, and all others frozen.
 
     Args:
         model_args ([`ModelArguments`]): What to load.
@@ -108,14 +116,15 @@ def load_model(
     # DeepSpeed shards the model once it is complete: of a sharded one nothing can be cast or loaded. The trainer sets this again
     unset_hf_deepspeed_config()
     computation = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
-    model = VideoLlamaForConditionalGeneration.from_pretrained(
-        model_args.model,
-        dtype=getattr(torch, model_args.dtype or computation),
-        attn_implementation=model_args.attn_implementation,
-    )
+    with _in_float32(model_args.trainable):
+        model = VideoLlamaForConditionalGeneration.from_pretrained(
+            model_args.model,
+            dtype=getattr(torch, model_args.dtype or computation),
+            attn_implementation=model_args.attn_implementation,
+        )
     if model_args.branch == "audio" and on_frames and model.model.audio_vision_tower is None:
         model.load_audio_vision_tower()
-    model.set_trainable(model_args.branch)
+    model.set_trainable(model_args.trainable)
     if model_args.lora_r:
         add_adapter(model, model_args)
     for parameter in model.parameters():
@@ -127,6 +136,22 @@ def load_model(
         if has_adapter(model) and (folder / ADAPTER_CONFIG_NAME).is_file():
             load_adapter_weights(model, folder)
     return model
+
+
+@contextmanager
+def _in_float32(parts: Sequence[str]) -> Iterator[None]:
+    """
+    Within it `from_pretrained` loads these parts in float32, whatever number format is asked for: weights that are trained
+    would otherwise be rounded before they are made float32 again.
+    """
+    outside = {"qformer": r"^model\.query_tokens$", "language_model": r"^lm_head\."}  # but of the part
+    patterns = [rf"^model\.{part}\." for part in parts] + [outside[part] for part in parts if part in outside]
+    model_class = VideoLlamaForConditionalGeneration
+    model_class._keep_in_fp32_modules_strict = patterns
+    try:
+        yield
+    finally:
+        del model_class._keep_in_fp32_modules_strict
 
 
 def add_adapter(model: VideoLlamaForConditionalGeneration, model_args: ModelArguments) -> None:
@@ -161,41 +186,73 @@ def load_data(
     Raises:
         ValueError: if the feature cache was made by other encoders or settings; if the data are streamed and `max_steps` does not say when to stop.
     """
-    cache = None
+    builder = _make_builder(data_args, branch, processor, data_args.sampling, data_args.random_resized_crop)
     if data_args.feature_cache is not None:
         cache = FeatureCache(data_args.feature_cache)
         cache.check_processor(processor, data_args.num_frames, data_args.sampling)
         cache.check_model(model)
         if data_args.random_resized_crop:
             logger.warning("The feature cache is of whole frames: nothing is cropped, despite `random_resized_crop`.")
-    builder = SampleBuilder(
-        processor,
-        branch=branch,
-        text_format=data_args.text_format,
-        sampling=data_args.sampling,
-        num_frames=data_args.num_frames,
-        random_resized_crop=data_args.random_resized_crop,
-        max_length=data_args.max_length,
-        feature_cache=cache,
-    )
-    settings: dict[str, Any] = {
-        "sources": [Source(**entry) for entry in data_args.datasets],
-        "builder": builder,
-        "seed": args.seed if args.data_seed is None else args.data_seed,
-        "max_bad_fraction": data_args.max_bad_fraction,
-        "log_file": data_args.bad_samples_log or Path(args.output_dir) / "bad_samples.jsonl",
-    }
-    if args.should_save:
-        Path(settings["log_file"]).parent.mkdir(parents=True, exist_ok=True)
+    seed = args.seed if args.data_seed is None else args.data_seed
+    settings = _mixture_settings(data_args, data_args.datasets, args, seed)
     dataset: TrainDataset | TrainIterableDataset
     if data_args.streaming:
         if args.max_steps <= 0:
             raise ValueError("A stream has no end: say with `--max_steps` how many steps to train for.")
-        dataset = TrainIterableDataset(**settings, rank=args.process_index, world_size=args.world_size, repeat=True)
+        dataset = TrainIterableDataset(
+            builder=builder, **settings, rank=args.process_index, world_size=args.world_size, repeat=True
+        )
     else:
         with args.main_process_first(desc="reading the annotations"):
-            dataset = TrainDataset(**settings)
+            dataset = TrainDataset(builder=builder, **settings)
     return dataset, VideoLlamaDataCollator(processor.tokenizer.pad_token_id)
+
+
+def load_eval_data(
+    data_args: DataArguments,
+    branch: str,
+    args: VideoLlamaTrainingArguments,
+    processor: VideoLlamaProcessor,
+) -> TrainDataset | None:
+    """
+    The data sets to evaluate on, or `None` if there are none. Each evaluation, of runs with other seeds as well, sees the
+    same samples in the same order: whole pictures, and frames at equal distances or those of the feature cache, which
+    [`load_data`] has checked.
+    """
+    if data_args.eval_datasets is None:
+        return None
+    builder = _make_builder(data_args, branch, processor, sampling="uniform", random_resized_crop=False)
+    with args.main_process_first(desc="reading the annotations to evaluate on"):
+        return TrainDataset(builder=builder, **_mixture_settings(data_args, data_args.eval_datasets, args, seed=0))
+
+
+def _make_builder(
+    data_args: DataArguments, branch: str, processor: VideoLlamaProcessor, sampling: str, random_resized_crop: bool
+) -> SampleBuilder:
+    return SampleBuilder(
+        processor,
+        branch=branch,
+        text_format=data_args.text_format,
+        sampling=sampling,
+        num_frames=data_args.num_frames,
+        random_resized_crop=random_resized_crop,
+        max_length=data_args.max_length,
+        feature_cache=None if data_args.feature_cache is None else FeatureCache(data_args.feature_cache),
+    )
+
+
+def _mixture_settings(
+    data_args: DataArguments, datasets: Any, args: VideoLlamaTrainingArguments, seed: int
+) -> dict[str, Any]:
+    log_file = data_args.bad_samples_log or Path(args.output_dir) / "bad_samples.jsonl"
+    if args.should_save:
+        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+    return {
+        "sources": [Source(**entry) for entry in datasets],
+        "seed": seed,
+        "max_bad_fraction": data_args.max_bad_fraction,
+        "log_file": log_file,
+    }
 
 
 def save_merged(

@@ -2,7 +2,8 @@
 
 It differs from the library's where only a small part of a large model is trained: the optimizer and the checkpoints hold
 the trained part alone, a checkpoint is complete or not there (`checkpoints.py`), and resuming gives the same losses as not
-having stopped, for streamed data as well.
+having stopped, for streamed data as well. Evaluating changes nothing of the training, and a batch may hold any media or none,
+on every process another.
 """
 
 import itertools
@@ -19,7 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
@@ -27,9 +28,10 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
 
 from ..model_card import make_model_card
-from ..trained_part import BRANCHES, DESCRIPTION_NAME, WEIGHTS_NAME, load_trained_part, save_trained_part
+from ..trained_part import DESCRIPTION_NAME, PARTS, WEIGHTS_NAME, load_trained_part, save_trained_part
 from .arguments import VideoLlamaTrainingArguments
 from .checkpoints import (
     find_damage,
@@ -41,6 +43,8 @@ from .checkpoints import (
     start_checkpoint,
 )
 from .optimization import get_decay_parameter_names, get_published_schedule
+
+logger = logging.get_logger(__name__)
 
 TRAINER_STATE_NAME = "trainer_state.json"
 OPTIMIZER_NAME = "optimizer.pt"
@@ -70,6 +74,8 @@ class VideoLlamaTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         if self.is_fsdp_enabled:
             self._choose_sharding(self.model)
+        if not self.is_deepspeed_enabled:  # outside of a part's own call DeepSpeed has taken its parameters away
+            _let_all_parts_take_part(self.model)
         self._throughput = _Throughput()
         self._num_batches_done = 0  # of a stream, before the checkpoint that is resumed from
         self.add_callback(_DataEpochCallback(self))
@@ -82,12 +88,12 @@ class VideoLlamaTrainer(Trainer):
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         if not names:
             raise ValueError("Nothing in this model is trainable: choose a branch with `model.set_trainable`.")
-        prefixes = tuple(f"model.{branch}." for branch in BRANCHES)
+        prefixes = (*(f"model.{part}." for part in PARTS), "model.query_tokens", "lm_head.")
         others = [name for name in names if not name.startswith(prefixes) and ".lora_" not in name]
         if others:
             raise ValueError(
-                f"{others[0]} and {len(others) - 1} more tensors are trainable, but checkpoints hold the branches and an "
-                "adapter only: choose a branch with `model.set_trainable`."
+                f"{others[0]} and {len(others) - 1} more tensors are trainable, but checkpoints hold {', '.join(PARTS)} and "
+                "an adapter only: choose what is trained with `model.set_trainable`."
             )
 
     # Sharding
@@ -97,23 +103,29 @@ class VideoLlamaTrainer(Trainer):
         state = PartialState()
         wants_fsdp = self.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         if wants_fsdp and state.distributed_type == DistributedType.MULTI_CPU:
-            # One of the types that `accelerate` makes `FSDP` of
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+            # Up to its version 1.15 `accelerate` makes `FSDP` of the types of accelerators alone, and no argument of
+            # `Accelerator` says otherwise. `state` is the one state of the process, which `Accelerator` reads.
+            state.distributed_type = DistributedType.MULTI_GPU
         super().create_accelerator_and_postprocess()
 
     def _choose_sharding(self, model: Any) -> None:
-        """What FSDP shards as one unit, unless its configuration says so, and in which number formats."""
+        """
+        What FSDP shards, unless its configuration says so, and in which number formats.
+
+        A shard is put together by all processes at once, so each must run the same units, equally often and in the same
+        order. Media differ: a batch may have images, videos, both or none, and more frames than another. Hence only the
+        decoder's layers are units, and what is trained belongs to the model as a whole, which is put together at its call;
+        the frozen encoders are not sharded.
+        """
         plugin = self.accelerator.state.fsdp_plugin
+        decoder = model.model.language_model
         if plugin.transformer_cls_names_to_wrap is None:
-            # Only those that there are: not every model has a tower for sound, and `accelerate` insists on all
-            present = {type(module).__name__ for module in model.modules()}
-            names = sorted(present & set(model._no_split_modules))
-            # Attention is a part of a layer, too small to be worth a message of its own
-            plugin.transformer_cls_names_to_wrap = [name for name in names if not name.endswith("Attention")]
+            names = {type(module).__name__ for module in decoder.modules()}
+            plugin.transformer_cls_names_to_wrap = sorted(names & set(model._no_split_modules))
         if plugin.ignored_modules is None:
-            # Numbers cannot be sharded: ImageBind's scale is one, and frozen
-            numbers = nn.ParameterList(parameter for parameter in model.parameters() if parameter.dim() == 0)
-            plugin.ignored_modules = [numbers.to(self.accelerator.device)]
+            sharded = {id(parameter) for part in (decoder, model.lm_head) for parameter in part.parameters()}
+            whole = [p for p in model.parameters() if not p.requires_grad and id(p) not in sharded]
+            plugin.ignored_modules = [nn.ParameterList(whole).to(self.accelerator.device)]
         if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
             # `accelerate` would also sum gradients, and round the loss, in the format of the computation
             plugin.mixed_precision_policy = MixedPrecisionPolicy(
@@ -168,6 +180,43 @@ class VideoLlamaTrainer(Trainer):
         )
         return DataLoader(_Stream(batches, self._num_batches_done), batch_size=None)
 
+    # Evaluation
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """
+        The library's, after which the training goes on as if there had been none: with the same random numbers, of which
+        the data loader draws one, and without its time in the training's throughput.
+        """
+        start = time.perf_counter()
+        # On the CPU alone: on the device only dropout draws, and there is none in evaluation
+        with torch.random.fork_rng(devices=[]):
+            output = super().evaluation_loop(*args, **kwargs)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                # What a backward pass would have done: what is trained is whole otherwise, rounded for the computation
+                module.reshard()
+        self._throughput.start += time.perf_counter() - start
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The library's step, which for the loss alone computes no logits."""
+        if prediction_loss_only:
+            inputs = {**inputs, "skip_logits": True}
+        return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        """Puts the best checkpoint's trained part, and its adapter, onto the model, as resuming does."""
+        best = self.state.best_model_checkpoint
+        logger.info(
+            f"The best checkpoint is loaded: {best}, of {self.args.metric_for_best_model} {self.state.best_metric}."
+        )
+        if self.is_deepspeed_enabled:
+            deepspeed_load_checkpoint(self.model_wrapped, best, load_module_strict=False)
+        else:
+            self._load_from_checkpoint(best)
+
     # Loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -180,12 +229,13 @@ class VideoLlamaTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """
-        The model's loss, computed at the labelled positions alone. The library counts the labels of all accumulated batches
+        The model's loss, in training computed at the labelled positions alone. The library counts the labels of all accumulated batches
         and processes, and the model divides by that number, so that every label weighs the same.
         """
         if model.training:
             _enable_checkpointing_in_eval_mode(model)
-        return super().compute_loss(model, {**inputs, "skip_logits": True, "use_cache": False}, *args, **kwargs)
+            inputs = {**inputs, "skip_logits": True}
+        return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: the library's estimate is of a model all of which is trained."""
@@ -355,8 +405,9 @@ class VideoLlamaTrainer(Trainer):
         tensors = {name: _whole(tensor) for name, tensor in model.named_parameters() if tensor.requires_grad}
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
-            if any(_branch_is_trained(model, branch) for branch in BRANCHES):
-                save_trained_part(model, folder, state_dict=tensors)
+            parts = _trained_parts(model)
+            if parts:
+                save_trained_part(model, folder, parts, state_dict=tensors)
             if has_adapter(model):
                 save_adapter(model, folder, tensors)
             if folder == Path(self.args.output_dir):
@@ -378,7 +429,7 @@ class VideoLlamaTrainer(Trainer):
         card = make_model_card(
             model.config,
             self.hub_model_id or Path(self.args.output_dir).name,
-            trained_parts=[branch for branch in BRANCHES if _branch_is_trained(model, branch)],
+            trained_parts=_trained_parts(model),
             base_model=None if os.path.isdir(base_model) else base_model or None,
         )
         card.save(path)
@@ -519,6 +570,29 @@ def _like(value: Any, parameter: torch.Tensor) -> Any:
     return value
 
 
-def _branch_is_trained(model: Any, branch: str) -> bool:
-    part = getattr(model.model, branch)
-    return part is not None and any(parameter.requires_grad for parameter in part.parameters())
+def _trained_parts(model: Any) -> list[str]:
+    """The parts that are trained themselves, which the decoder with an adapter is not."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad and ".lora_" not in name]
+    return [part for part in PARTS if any(name.startswith(f"model.{part}.") for name in names)]
+
+
+def _let_all_parts_take_part(model: Any) -> None:
+    """
+    Has every trained parameter get a gradient at every step, of zero where a batch has no media for its part: without one a
+    text alone could not be trained on, and processes that share gradients would wait for each other for ever.
+    """
+    base = model.model
+    parts = [part for name, part in base.named_children() if name != "language_model"]
+    trained = [part for part in parts if any(parameter.requires_grad for parameter in part.parameters())]
+
+    def add_nothing(module: nn.Module, inputs: Any, output: Any) -> None:
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        # Asked for at every call, because FSDP puts other tensors in their places
+        parameters = [*module.parameters(recurse=False), *(p for part in trained for p in part.parameters())]
+        # One number of each, as a sum of many may be infinite
+        nothing = sum(0 * parameter.flatten()[0] for parameter in parameters if parameter.requires_grad)
+        output.last_hidden_state = output.last_hidden_state + nothing
+
+    if trained:
+        base.register_forward_hook(add_nothing)
