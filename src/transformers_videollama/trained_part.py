@@ -68,7 +68,7 @@ def save_trained_part(
         present = [name for name, branch in branches.items() if branch is not None]
         trained = [name for name in present if any(p.requires_grad for p in branches[name].parameters())]
         parts = trained or present
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name in parts:
         if _part(model, name) is None:
             raise ValueError(_missing_part(name))
