@@ -130,8 +130,8 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     losses: dict[str, list[float]] = {"encoders": []}
     frame_loss = encoders.frame_loss
 
-    def recorded(*arguments: Any) -> torch.Tensor:
-        loss = frame_loss(*arguments)
+    def recorded(*arguments: Any, **targets: Any) -> torch.Tensor:
+        loss = frame_loss(*arguments, **targets)
         losses["encoders"].append(loss.item())
         return loss
 
