@@ -1,8 +1,9 @@
 """A model's trained part: a checkpoint of the video branch, the audio branch or both, which loads onto the frozen parts.
 
-As a rule the branches alone are trained, so this is all that a training run has to keep: some hundred megabytes in place of
-the whole model. Other parts that were trained are kept in the same way. A folder of this form holds `trained_part.safetensors`, with the tensors under the model's own names, and
-`trained_part.json`, which names the model that they belong to and the sizes that must fit.
+As a rule the branches alone are trained, so this is all that a training run has to keep: some hundred megabytes in
+place of the whole model. Other parts that were trained are kept in the same way. A folder of this form holds
+`trained_part.safetensors`, with the tensors under the model's own names, and `trained_part.json`, which names the model
+that they belong to and the sizes that must fit.
 """
 
 import json

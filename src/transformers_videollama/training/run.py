@@ -113,7 +113,8 @@ def load_model(
             Whether the branch will see frames, not features of a cache: for the audio branch these need ImageBind's vision
             tower.
     """
-    # DeepSpeed shards the model once it is complete: of a sharded one nothing can be cast or loaded. The trainer sets this again
+    # DeepSpeed shards the model once it is complete: of a sharded one nothing can be cast or loaded. The trainer sets
+    # this again
     unset_hf_deepspeed_config()
     computation = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     with _in_float32(model_args.trainable):
@@ -184,7 +185,8 @@ def load_data(
     The data sets, mixed by their weights, and the collator.
 
     Raises:
-        ValueError: if the feature cache was made by other encoders or settings; if the data are streamed and `max_steps` does not say when to stop.
+        ValueError: if the feature cache was made by other encoders or settings; if the data are streamed and `max_steps`
+            does not say when to stop.
     """
     builder = _make_builder(data_args, branch, processor, data_args.sampling, data_args.random_resized_crop)
     if data_args.feature_cache is not None:

@@ -229,8 +229,8 @@ class VideoLlamaTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """
-        The model's loss, in training computed at the labelled positions alone. The library counts the labels of all accumulated batches
-        and processes, and the model divides by that number, so that every label weighs the same.
+        The model's loss, in training computed at the labelled positions alone. The library counts the labels of all
+        accumulated batches and processes, and the model divides by that number, so that every label weighs the same.
         """
         if model.training:
             _enable_checkpointing_in_eval_mode(model)
@@ -579,20 +579,21 @@ def _trained_parts(model: Any) -> list[str]:
 def _let_all_parts_take_part(model: Any) -> None:
     """
     Has every trained parameter get a gradient at every step, of zero where a batch has no media for its part: without one a
-    text alone could not be trained on, and processes that share gradients would wait for each other for ever.
+    text alone could not be trained on, and processes that share gradients would wait for each other for ever. The zero is
+    added to what the decoder reads, so that the gradient passes through the decoder on every process as well.
     """
     base = model.model
     parts = [part for name, part in base.named_children() if name != "language_model"]
     trained = [part for part in parts if any(parameter.requires_grad for parameter in part.parameters())]
 
-    def add_nothing(module: nn.Module, inputs: Any, output: Any) -> None:
-        if not (module.training and torch.is_grad_enabled()):
-            return
+    def add_nothing(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if not (base.training and torch.is_grad_enabled()):
+            return None
         # Asked for at every call, because FSDP puts other tensors in their places
-        parameters = [*module.parameters(recurse=False), *(p for part in trained for p in part.parameters())]
+        parameters = [*base.parameters(recurse=False), *(p for part in trained for p in part.parameters())]
         # One number of each, as a sum of many may be infinite
         nothing = sum(0 * parameter.flatten()[0] for parameter in parameters if parameter.requires_grad)
-        output.last_hidden_state = output.last_hidden_state + nothing
+        return args, {**kwargs, "inputs_embeds": kwargs["inputs_embeds"] + nothing}
 
     if trained:
-        base.register_forward_hook(add_nothing)
+        base.language_model.register_forward_pre_hook(add_nothing, with_kwargs=True)
