@@ -9,9 +9,9 @@ The contenders have randomly initialised weights and get the same frames and the
     (a)      the library's InstructBlipVideo with an encoder and a decoder of the same sizes; it has no audio branch
     (b)      this package the way the published system runs: eager attention and a dynamic cache, nothing compiled
 
-They take turns inside every repeat, so that whatever else the machine does falls on all of them. On a CPU the clock is the
-CPU time of one thread and only ratios are printed. Peak memory is measured in a process of its own for each contender.
-`benchmarks/README.md` explains every row and holds the results.
+They take turns inside every repeat, so that whatever else the machine does falls on all of them. On a CPU the clock is
+the CPU time of one thread and only ratios are printed. Peak memory is measured in a process of its own for each
+contender. `benchmarks/README.md` explains every row and holds the results.
 """
 
 import argparse
@@ -65,14 +65,14 @@ TARGETS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------- sizes
+# --------------------------------------------------------------------------------------------------------------- sizes
 
 
 @dataclass
 class Size:
     """
-    Sizes of the parts, in about the published proportions. The branches' Q-Formers have the width of `qformer` and, like the
-    published ones, two layers.
+    Sizes of the parts, in about the published proportions. The branches' Q-Formers have the width of `qformer` and,
+    like the published ones, two layers.
     """
 
     vision: dict[str, int]
@@ -169,7 +169,9 @@ def qformer_flops(config: Any, num_queries: int, num_memory: int) -> int:
 
 
 def vision_flops(config: VideoLlamaConfig, num_videos: int, num_frames: int) -> int:
-    """Those of the vision path: patches, ViT and image Q-Former for every frame, then the video branch for every video."""
+    """
+    Those of the vision path: patches, ViT and image Q-Former for every frame, then the video branch for every video.
+    """
     vision, qformer, video = config.vision_config, config.qformer_config, config.video_qformer_config
     patches = 2 * vision.num_patches * (vision.num_channels * vision.patch_size**2) * vision.hidden_size
     frame = patches + transformer_flops(vision, 1 + vision.num_patches)
@@ -181,8 +183,9 @@ def vision_flops(config: VideoLlamaConfig, num_videos: int, num_frames: int) -> 
 
 def decode_bytes(model: VideoLlamaForConditionalGeneration, context_length: int) -> int:
     """
-    The fewest bytes that a decode step moves: every weight of the decoder's blocks and of the head once (of the embeddings
-    one row, which is left out), and the keys and values of the context, 2 · layers · heads · head size · length values.
+    The fewest bytes that a decode step moves: every weight of the decoder's blocks and of the head once (of the
+    embeddings one row, which is left out), and the keys and values of the context, 2 · layers · heads · head size ·
+    length values.
     """
     embeddings = model.get_input_embeddings().weight
     weights = [parameter for parameter in model.model.language_model.parameters() if parameter is not embeddings]
@@ -274,8 +277,8 @@ class VideoLlamaContender(Contender):
 
     def use_static_cache_and_compile(self) -> None:
         """
-        Compiles the encoders' blocks, each kind once, and the decode step. The cache is made once and emptied for every
-        answer: its tensors stay where a recorded CUDA graph looks for them.
+        Compiles the encoders' blocks, each kind once, and the decode step. The cache is made once and emptied for
+        every answer: its tensors stay where a recorded CUDA graph looks for them.
         """
         model = self.model.model
         for blocks in (
@@ -437,7 +440,8 @@ def measure(
         for row in ("vision", "audio", "prefill", "decode", "end_to_end")
     }
 
-    # Others can only slow a CPU's caches and memory down, so there the fastest of a few tries is the least disturbed one
+    # Others can only slow a CPU's caches and memory down, so there the fastest of a few tries is the least disturbed
+    # one
     on_cpu = contenders[0].model.device.type == "cpu"
     tries, typical = (3, min) if on_cpu else (1, statistics.median)
 
@@ -470,7 +474,8 @@ def measure(
             times["end_to_end"][contender.name].append(seconds_of(contender.generate, step_clock))
             if len(step_clock.times) != NUM_NEW_TOKENS:
                 raise RuntimeError(
-                    f"Contender {contender.name} gave {len(step_clock.times)} new tokens and not {NUM_NEW_TOKENS}: the rows "
+                    f"Contender {contender.name} gave {len(step_clock.times)} new tokens and not {NUM_NEW_TOKENS}: "
+                    "the rows "
                     "would not compare like with like."
                 )
             steps = [after - before for before, after in itertools.pairwise(step_clock.times)]
@@ -500,8 +505,8 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, clock: Callable[[
 
 def peak_memory_of(name: str, size: Size, device: torch.device, dtype: torch.dtype) -> int:
     """
-    The most bytes that weights and activations of a contender take up to the end of its answer. To be called in a process
-    that does nothing else.
+    The most bytes that weights and activations of a contender take up to the end of its answer. To be called in a
+    process that does nothing else.
     """
     before = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
     contender = build_quantized(size, device, dtype) if name == "4bit" else build_contender(name, size, device, dtype)
@@ -524,7 +529,9 @@ def peak_resident_memory() -> int:
 
 
 def build_quantized(size: Size, device: torch.device, dtype: torch.dtype) -> VideoLlamaContender:
-    """`ours` with the decoder in 4 bits, loaded as a user loads it, with a dynamic cache. Leaves the peak of the loading."""
+    """
+    `ours` with the decoder in 4 bits, loaded as a user loads it, with a dynamic cache. Leaves the peak of the loading.
+    """
     from transformers import BitsAndBytesConfig
 
     with tempfile.TemporaryDirectory() as folder:
@@ -579,7 +586,9 @@ class Row:
 
 
 def describe_ratio(ours: list[float], others: list[float]) -> str:
-    """How many times as fast ours is: the median over the repeats, in each of which both took their turn, and quartiles."""
+    """
+    How many times as fast ours is: the median over the repeats, in each of which both took their turn, and quartiles.
+    """
     ratios = [other / own for own, other in zip(ours, others, strict=True)]
     if len(ratios) < 3:
         return f"{statistics.median(ratios):.2f}x"
@@ -694,7 +703,8 @@ def check_device(args: argparse.Namespace, parser: argparse.ArgumentParser, need
     free = torch.cuda.mem_get_info()[0] if args.device == "cuda" else psutil.virtual_memory().available
     if needed > free:
         parser.error(
-            f"--size {args.size} needs {needed / GIB:.0f} GiB for the weights of what is compared, but {free / GIB:.0f} GiB"
+            f"--size {args.size} needs {needed / GIB:.0f} GiB for the weights of what is compared, but "
+            f"{free / GIB:.0f} GiB"
             f" are free on {args.device}: {advice}."
         )
 

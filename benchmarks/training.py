@@ -5,13 +5,14 @@
 
 Every stage of `examples/training` is trained with random weights on videos that the benchmark renders, by
 
-    online   this package's training code as the stage's file sets it up: media decoded, cropped and encoded in every step
+    online   this package's training code as the stage's file sets it up: media read, cropped and encoded at each step
     cached   the same, reading the encoders' features from a feature cache
-    plain    a loop as one writes it by hand around the same model and the same samples: decoding between the steps, all
-             logits computed
+    plain    a loop as one writes it by hand around the same model and the same samples: decoding between the steps,
+             all logits computed
 
-They take turns inside every repeat, so that whatever else the machine does falls on all of them. On a CPU nobody has workers,
-the clock is the CPU time of the process, and only ratios are printed. `benchmarks/README.md` explains every row.
+They take turns inside every repeat, so that whatever else the machine does falls on all of them. On a CPU nobody has
+workers, the clock is the CPU time of the process, and only ratios are printed. `benchmarks/README.md` explains every
+row.
 """
 
 import argparse
@@ -108,7 +109,9 @@ LOADS = {
 
 
 def training_config(size: Size, branch: str, processor: VideoLlamaProcessor) -> VideoLlamaConfig:
-    """That of the inference benchmark; for the audio branch with ImageBind's vision tower, of the ViT's width and depth."""
+    """
+    That of the inference benchmark; for the audio branch with ImageBind's vision tower, of the ViT's width and depth.
+    """
     config = video_llama_config(size)
     if branch == "audio":
         vision = transformer(1280, 5120, 32, 16) if size is SIZES["7b"] else size.vision
@@ -368,7 +371,9 @@ def in_child(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def peak_memory_of(stage: str, contender: str, size: Size, folder: Path, load: Load) -> int:
-    """The bytes by which training grows the resident set of this process, which does nothing else; weights included."""
+    """
+    The bytes by which training grows the resident set of this process, which does nothing else; weights included.
+    """
     before = psutil.Process().memory_info().rss
     branch = stage.partition("_")[0]
     processor = build_processor(size.text["vocab_size"])
@@ -460,7 +465,8 @@ def run(args: argparse.Namespace) -> None:
             del model, turns
             release()
     print(
-        "\nRatios above 1: the first trains more samples a second, or takes less memory. Medians over the repeats, quartiles in brackets."
+        "\nRatios above 1: the first trains more samples a second, or takes less memory. Medians over the repeats, "
+        "quartiles in brackets."
     )
 
 

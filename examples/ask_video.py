@@ -2,8 +2,8 @@
 
     python examples/ask_video.py VIDEO QUESTION [QUESTION ...] [--model FOLDER_OR_HUB_ID]
 
-Without `--model` the small reference model of the tests is converted and used: it shows that everything runs, but its weights
-are random, so its answers are noise.
+Without `--model` the small reference model of the tests is converted and used: it shows that everything runs, but its
+weights are random, so its answers are noise.
 """
 
 import argparse

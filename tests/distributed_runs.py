@@ -1,9 +1,10 @@
-"""What every process of `test_training_distributed.py` runs, under `accelerate launch`: several training runs, one after another.
+"""What every process of `test_training_distributed.py` runs, under `accelerate launch`: several training runs, one
+after another.
 
     accelerate launch … distributed_runs.py runs.json
 
-`runs.json` maps the names of runs to the arguments of `examples/training/train.py`. Each process writes what it saw of a run
-to `<name>-<rank>.json` beside it.
+`runs.json` maps the names of runs to the arguments of `examples/training/train.py`. Each process writes what it saw of
+a run to `<name>-<rank>.json` beside it.
 """
 
 import itertools

@@ -1,11 +1,12 @@
-"""The common test suites of `transformers`, fetched for the installed version: what the `test_*_suite.py` files inherit.
+"""The common test suites of `transformers`, fetched for the installed version: what the `test_*_suite.py` files
+inherit.
 
 Importing this module downloads the source distribution of the installed `transformers` with pip, once, and unpacks its
-`tests/` folder into `.cache/` of the repository. Importing `transformers_tests.test_modeling_common` and its neighbours
-then works, and the suites are names of this module: `from library_suites import ModelTesterMixin`.
+`tests/` folder into `.cache/` of the repository. Importing `transformers_tests.test_modeling_common` and its
+neighbours then works, and the suites are names of this module: `from library_suites import ModelTesterMixin`.
 
-Only the files directly in `tests/` are part of the source distribution. What they import from elsewhere is stood in for
-by `STAND_INS`, in each case only if the distribution has no file of that name.
+Only the files directly in `tests/` are part of the source distribution. What they import from elsewhere is stood in
+for by `STAND_INS`, in each case only if the distribution has no file of that name.
 """
 
 import importlib

@@ -1,4 +1,5 @@
-"""The example's whole chain at a tiny size: render, train encoders, cache features, train both stages, save, load, ask, measure."""
+"""The example's whole chain at a tiny size: render, train encoders, cache features, train both stages, save, load,
+ask, measure."""
 
 import json
 import sys
@@ -42,7 +43,9 @@ CHAT_TEMPLATE = (  # SmolLM2's own
 
 
 def make_decoder(folder: Path) -> None:
-    """A tiny LLaMA that has learnt to answer from a caption in front of the question, so that soft tokens can steer it."""
+    """
+    A tiny LLaMA that has learnt to answer from a caption in front of the question, so that soft tokens can steer it.
+    """
     texts = []
     for index, scene in enumerate(make_data.sample_scenes("train", 60, SEED + 1)):
         rng = generator(SEED + 1, "train", index, "decoder")

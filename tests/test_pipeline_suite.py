@@ -1,7 +1,7 @@
 """The library's common tests of pipelines (`PipelineTesterMixin`) on the package's model.
 
-The suite loads model and processor and runs batches. What a task's examples are and what comes of them it leaves to files
-that are not in the source distribution; the classes below stand in for them.
+The suite loads model and processor and runs batches. What a task's examples are and what comes of them it leaves to
+files that are not in the source distribution; the classes below stand in for them.
 """
 
 import unittest

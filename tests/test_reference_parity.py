@@ -1,4 +1,5 @@
-"""The converted reference model computes what the published system computes: every intermediate, losses, gradients, tokens."""
+"""The converted reference model computes what the published system computes: every intermediate, losses, gradients,
+tokens."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""A saved folder works without the package, by its own files and `trust_remote_code=True`, and with it, without that."""
+"""A saved folder works without the package, by its own files and `trust_remote_code=True`, and with it, without
+that."""
 
 import ast
 import json

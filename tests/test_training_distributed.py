@@ -1,4 +1,5 @@
-"""Two processes train as one does: DDP and FSDP2 on CPUs, with the shipped `accelerate` configurations and the real script."""
+"""Two processes train as one does: DDP and FSDP2 on CPUs, with the shipped `accelerate` configurations and the real
+script."""
 
 import json
 import os

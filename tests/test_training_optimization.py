@@ -1,4 +1,5 @@
-"""The optimiser of the training: learning rates and weight decay are the published ones, at every step and for every tensor."""
+"""The optimiser of the training: learning rates and weight decay are the published ones, at every step and for every
+tensor."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Training that is killed and resumed gives what it gives when left alone, to the last bit; checkpoints are whole or absent."""
+"""Training that is killed and resumed gives what it gives when left alone, to the last bit; checkpoints are whole or
+absent."""
 
 import json
 import os
@@ -38,7 +39,7 @@ def write_checkpoint(folder: Path, step: int) -> Path:
     return checkpoint
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Killed for real
 
 
@@ -128,7 +129,7 @@ def test_killed_and_resumed_runs_give_the_same_losses_and_weights(
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-10", "checkpoint-12"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Complete or not there
 
 
@@ -209,7 +210,7 @@ def test_rotation_deletes_what_was_written_longest_ago(tmp_path: Path) -> None:
     assert len(list_checkpoints(tmp_path)) == 2
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Resuming
 
 

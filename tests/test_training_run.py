@@ -1,4 +1,5 @@
-"""The training script: published settings in YAML, every one of them on the command line too, and what a run leaves behind."""
+"""The training script: published settings in YAML, every one of them on the command line too, and what a run leaves
+behind."""
 
 import json
 import subprocess
@@ -150,7 +151,7 @@ def test_unknown_flags_and_files_that_are_no_settings_are_refused(
         parse_arguments([str(config)])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Whole runs, on real clips
 
 

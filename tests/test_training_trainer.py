@@ -153,7 +153,7 @@ def test_texts_without_media_train_beside_others(model: VideoLlamaForConditional
     assert found.keys() == trained and any(gradient.any() for gradient in found.values())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 

@@ -24,7 +24,9 @@ VOCAB_SIZE = 99
 
 
 def tiny_config(**kwargs: Any) -> VideoLlamaConfig:
-    """A configuration with all three modalities, whose placeholders lie past the vocabulary, as the published ones do."""
+    """
+    A configuration with all three modalities, whose placeholders lie past the vocabulary, as the published ones do.
+    """
     transformer = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
     qformer = {**transformer, "encoder_hidden_size": 32, "vocab_size": 10, "max_position_embeddings": 8,
                "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip

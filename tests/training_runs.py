@@ -1,4 +1,5 @@
-"""Small training runs for tests of the trainer: a tiny model, data without media files, and processes that can be killed."""
+"""Small training runs for tests of the trainer: a tiny model, data without media files, and processes that can be
+killed."""
 
 import json
 import multiprocessing
@@ -102,8 +103,8 @@ def eval_losses(trainer: VideoLlamaTrainer) -> list[float]:
 
 def train_to_the_end(output_dir: Path, data: Path, streaming: bool, num_workers: int) -> None:
     """
-    Runs in a process of its own: trains in twelve steps, from the newest checkpoint on, saving at every second step, and
-    writes the losses to `losses.json` at the end.
+    Runs in a process of its own: trains in twelve steps, from the newest checkpoint on, saving at every second step,
+    and writes the losses to `losses.json` at the end.
     """
     trainer = make_trainer(
         output_dir,
@@ -134,7 +135,9 @@ class _WriteStep(TrainerCallback):
 
 
 def start_process(function: Callable[..., None], *args: Any) -> Any:
-    """Starts a process that runs `function(*args)` and shares nothing with this one, but has its imports done already."""
+    """
+    Starts a process that runs `function(*args)` and shares nothing with this one, but has its imports done already.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     # The server that forks the processes is told nothing of this one's `sys.path`

@@ -2,9 +2,9 @@
 
     python examples/miniworld/ask.py [FILE [QUESTION …]] [--seed 7]
 
-Without a file it renders a clip of the test split, which shows a combination that the model never saw in training, saves
-it as `miniworld.mp4`, and says what the true answers are. Either way `miniworld.png` shows what the model is given: the
-sampled frames with their times, and the log-mel spectrogram of the sound.
+Without a file it renders a clip of the test split, which shows a combination that the model never saw in training,
+saves it as `miniworld.mp4`, and says what the true answers are. Either way `miniworld.png` shows what the model is
+given: the sampled frames with their times, and the log-mel spectrogram of the sound.
 """
 
 import argparse
@@ -37,7 +37,9 @@ SIDE, GAP = 128, 8  # pixels of a frame on the sheet, and between two
 
 
 def new_clip(path: Path, seed: int) -> tuple[Scene, list[QA]]:
-    """Renders a test clip that shows something and has a sound track; returns its scene and four questions about it."""
+    """
+    Renders a test clip that shows something and has a sound track; returns its scene and four questions about it.
+    """
     index = 0
     while True:
         scene = sample_scene(generator(seed, "test", index, "scene"), "test")
@@ -77,7 +79,9 @@ def answer(
 
 
 def contact_sheet(processor: VideoLlamaProcessor, video: str) -> Image.Image:
-    """What the model is given of a video file: its frames in a row over the windows of its sound, unheard parts black."""
+    """
+    What the model is given of a video file: its frames in a row over the windows of its sound, unheard parts black.
+    """
     videos = processor.video_processor(video, do_normalize=False, return_metadata=True, return_tensors="pt")
     frames = (videos["pixel_values_videos"][0] * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     times = videos["video_metadata"][0].timestamps

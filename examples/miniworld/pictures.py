@@ -1,8 +1,8 @@
 """Pictures that the frame encoder of the small model learns from, as those of the paper learnt from photographs.
 
-Clips show at most three objects in eight colours, too little to learn shapes from in a short time. A picture shows up to
-seven, of different kinds, on backgrounds as dim and noisy as a clip's: half of them in a colour of the world, half in any
-other. A kind never has, nor comes near, the colour in which only the test split shows it.
+Clips show at most three objects in eight colours, too little to learn shapes from in a short time. A picture shows up
+to seven, of different kinds, on backgrounds as dim and noisy as a clip's: half of them in a colour of the world, half
+in any other. A kind never has, nor comes near, the colour in which only the test split shows it.
 
 Called by `encoders.py`; painted with the brushes of `drawing.py`.
 """
@@ -40,7 +40,9 @@ def draw_colour(kind: str, rng: np.random.Generator) -> Colour:
 
 
 def draw_picture(seed: int, index: int) -> tuple[np.ndarray, Targets]:
-    """A picture, uint8 (VIEW, VIEW, 3), and for each kind whether it is shown, its colour (0 to 1), place and diameter."""
+    """
+    A picture, uint8 (VIEW, VIEW, 3), and for each kind whether it is shown, its colour (0 to 1), place and diameter.
+    """
     rng = np.random.default_rng([seed, index, *b"picture"])
     picture = background(rng)
     shown, rgb, places = np.zeros(len(KINDS), bool), *np.zeros((2, len(KINDS), 3), np.float32)
@@ -63,8 +65,9 @@ def make_pictures(
     folder: Path, number: int, processor: VideoLlamaProcessor, seed: int, processes: int
 ) -> dict[str, np.ndarray]:
     """
-    Pictures as the processor would hand over frames, with their targets, one row each; made at the first call, read from
-    the folder afterwards: frames uint8 (number, 3, height, width), shown (number, kinds), rgb, places (number, kinds, 3).
+    Pictures as the processor would hand over frames, with their targets, one row each; made at the first call, read
+    from the folder afterwards: frames uint8 (number, 3, height, width), shown (number, kinds), rgb, places (number,
+    kinds, 3).
     """
     size = processor.video_processor.size
     columns: dict[str, tuple[tuple[int, ...], type]] = {

@@ -1,7 +1,7 @@
 """The small Video-LLaMA: the paper's parts, each a hundredth of the published size, around SmolLM2-135M-Instruct.
 
-Frames of 64 x 64 pixels go through a ViT and a Q-Former with one query for each kind of object of the miniature world, then
-through the video branch into 12 soft tokens; sound goes through a small ImageBind and the audio branch into 4.
+Frames of 64 x 64 pixels go through a ViT and a Q-Former with one query for each kind of object of the miniature world,
+then through the video branch into 12 soft tokens; sound goes through a small ImageBind and the audio branch into 4.
 """
 
 from pathlib import Path
@@ -30,8 +30,8 @@ NUM_AUDIO_TOKENS = 4
 
 def make_config(decoder: str | Path, scale: int = 1) -> VideoLlamaConfig:
     """
-    The configuration of the small model around a decoder; placeholders lie past the decoder's vocabulary. A `scale` of 2
-    or 4 divides widths and depths, for tests.
+    The configuration of the small model around a decoder; placeholders lie past the decoder's vocabulary. A `scale` of
+    2 or 4 divides widths and depths, for tests.
     """
     text_config = AutoConfig.from_pretrained(decoder)
     tower = {"hidden_size": 192 // scale, "intermediate_size": 768 // scale, "num_attention_heads": 4}
@@ -92,8 +92,8 @@ def make_model(decoder: str | Path, seed: int, scale: int = 1) -> VideoLlamaForC
 @torch.no_grad()
 def init_positions(model: VideoLlamaForConditionalGeneration) -> None:
     """
-    Starts all positions as sines of about the scale of what they are added to. The library's small random numbers would be
-    lost beside it, and a short training would not learn to tell left from right and early from late.
+    Starts all positions as sines of about the scale of what they are added to. The library's small random numbers
+    would be lost beside it, and a short training would not learn to tell left from right and early from late.
     """
     parts = model.model
     for branch, scale in ((parts.video_branch, 1.5), (parts.audio_branch, 0.1)):

@@ -2,14 +2,14 @@
 
     python examples/miniworld/train.py
 
-0. renders clips and paints pictures, trains the frozen encoders on them (`encoders.py`), and writes the clips' features to a
-   cache;
+0. renders clips and paints pictures, trains the frozen encoders on them (`encoders.py`), and writes the clips'
+   features to a cache;
 1. video branch, stage 1: captions;
 2. video branch, stage 2: conversations;
 3. audio branch, stages 1 and 2: on frames alone, in place of sounds.
 
-Stages 1 to 3 are runs of `examples/training/train.py` with the YAML files of the folder `stages`. Interrupted at any time,
-the same command goes on where it stopped. At the end everything but the decoder is written to `model/`, where
+Stages 1 to 3 are runs of `examples/training/train.py` with the YAML files of the folder `stages`. Interrupted at any
+time, the same command goes on where it stopped. At the end everything but the decoder is written to `model/`, where
 `from_pretrained` finds it.
 """
 

@@ -42,9 +42,10 @@ def register() -> None:
     """
     Registers Video-LLaMA with `transformers`. Done when the package is imported; doing it again changes nothing.
 
-    Modules of the library are told when they are imported, or now if they are imported already. Configuration and models
-    are told by name only, because the library imports its tables of them in the midst of what they are built on. It looks
-    for named classes in a module of its own, `transformers.models.video_llama`, which is another name for this package.
+    Modules of the library are told when they are imported, or now if they are imported already. Configuration and
+    models are told by name only, because the library imports its tables of them in the midst of what they are built
+    on. It looks for named classes in a module of its own, `transformers.models.video_llama`, which is another name for
+    this package.
     """
     if f"{AUTO}.configuration_auto" in sys.modules:
         _register_configuration_and_models()

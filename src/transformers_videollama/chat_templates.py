@@ -153,8 +153,8 @@ _PLAIN = """
 {%- endfor -%}
 """.strip()
 
-# SmolLM2-Instruct's own template, word for word where a chat has no media. Media stand in the user's turn, sound before
-# sight, without words around them; a chat with media needs no system prompt.
+# SmolLM2-Instruct's own template, word for word where a chat has no media. Media stand in the user's turn, sound
+# before sight, without words around them; a chat with media needs no system prompt.
 _SMOLLM2 = """
 {%- set placeholders = {'image': image_token or '<image>', 'video': video_token or '<video>', 'audio': audio_token or '<audio>'} -%}
 {%- set chat = namespace(media=false) -%}

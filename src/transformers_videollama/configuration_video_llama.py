@@ -54,7 +54,8 @@ PUBLISHED_DECODERS: dict[str, dict[str, Any]] = {
 @strict
 class VideoLlamaVisionConfig(PreTrainedConfig):
     r"""
-    Configuration of the frame encoder, EVA-CLIP's ViT-g/14 without its last block. The defaults are the published ones.
+    Configuration of the frame encoder, EVA-CLIP's ViT-g/14 without its last block. The defaults are the published
+    ones.
 
     Args:
         hidden_size (`int`, *optional*, defaults to 1408): Width of the transformer.
@@ -97,8 +98,8 @@ class VideoLlamaVisionConfig(PreTrainedConfig):
 @strict
 class VideoLlamaQFormerConfig(Blip2QFormerConfig):
     r"""
-    Configuration of the image Q-Former, with the published defaults. See [`Blip2QFormerConfig`] for the arguments, of which
-    those of the text input are unused here.
+    Configuration of the image Q-Former, with the published defaults. See [`Blip2QFormerConfig`] for the arguments, of
+    which those of the text input are unused here.
     """
 
     model_type = "video_llama_qformer"
@@ -119,7 +120,9 @@ class VideoLlamaVideoQFormerConfig(VideoLlamaQFormerConfig):
 
 @strict
 class VideoLlamaAudioQFormerConfig(VideoLlamaVideoQFormerConfig):
-    r"""Configuration of the audio Q-Former, with the published defaults: as the video one, over ImageBind's vectors."""
+    r"""
+    Configuration of the audio Q-Former, with the published defaults: as the video one, over ImageBind's vectors.
+    """
 
     model_type = "video_llama_audio_qformer"
     base_config_key = "audio_qformer_config"
@@ -233,7 +236,8 @@ class VideoLlamaConfig(PreTrainedConfig):
     Args:
         vision_config (`VideoLlamaVisionConfig` or `dict`, *optional*): The frame encoder.
         qformer_config (`VideoLlamaQFormerConfig` or `dict`, *optional*): The image Q-Former, run on every frame.
-        video_qformer_config (`VideoLlamaVideoQFormerConfig` or `dict`, *optional*): The video Q-Former, run over all frames.
+        video_qformer_config (`VideoLlamaVideoQFormerConfig` or `dict`, *optional*):
+            The video Q-Former, run over all frames.
         audio_config (`VideoLlamaAudioConfig` or `dict`, *optional*):
             The sound encoder. `None` gives a model without an audio branch.
         audio_qformer_config (`VideoLlamaAudioQFormerConfig` or `dict`, *optional*): The audio Q-Former.
@@ -241,7 +245,8 @@ class VideoLlamaConfig(PreTrainedConfig):
             ImageBind's vision tower, needed only to train the audio branch on frames. `None` leaves it out.
         text_config (`PreTrainedConfig` or `dict`, *optional*, defaults to LLaMA-2-7B-Chat): The decoder.
         num_query_tokens (`int`, *optional*, defaults to 32): Tokens the image Q-Former gives for a frame.
-        num_video_query_tokens (`int`, *optional*, defaults to 32): Soft tokens a video or an image takes in the prompt.
+        num_video_query_tokens (`int`, *optional*, defaults to 32):
+            Soft tokens a video or an image takes in the prompt.
         num_audio_query_tokens (`int`, *optional*, defaults to 8): Soft tokens a sound takes in the prompt.
         max_frames (`int`, *optional*, defaults to 32): Rows of the frame position table.
         interpolate_frame_positions (`bool`, *optional*, defaults to `False`):
@@ -251,12 +256,14 @@ class VideoLlamaConfig(PreTrainedConfig):
             Frames that pass the frame encoder at a time, which bounds its memory.
         image_token_id (`int`, *optional*, defaults to 32000): Id of an image's placeholder in `input_ids`.
         video_token_id (`int`, *optional*, defaults to 32001): Id of a video's placeholder in `input_ids`.
-        audio_token_id (`int`, *optional*, defaults to 32002): Id of a sound's placeholder in `input_ids`. The three ids
-            may lie past the decoder's vocabulary: they are never embedded.
+        audio_token_id (`int`, *optional*, defaults to 32002):
+            Id of a sound's placeholder in `input_ids`. The three ids may lie past the decoder's vocabulary: they are
+            never embedded.
         tie_word_embeddings (`bool`, *optional*): Whether the head shares the decoder's input embeddings. Follows
             `text_config` if not given.
         text_model (`str`, *optional*):
-            Folder or Hub id of the decoder, for a checkpoint that leaves its weights out; `from_pretrained` puts them in.
+            Folder or Hub id of the decoder, for a checkpoint that leaves its weights out; `from_pretrained` puts them
+            in.
         initializer_range (`float`, *optional*, defaults to 0.02): Standard deviation of the initial weights.
 
     Raises:

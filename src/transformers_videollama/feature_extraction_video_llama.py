@@ -28,8 +28,8 @@ class VideoLlamaFeatureExtractor(SequenceFeatureExtractor):
 
     Clip `k` of `num_clips` starts at `k * max(duration - clip_duration, 0) / num_clips` seconds, as in the published
     system (which divides by the number of clips and so never quite reaches the end). Each clip goes through Kaldi's
-    filter bank: windows without partial ones at the end, the mean of each removed, pre-emphasis, symmetric Hann window,
-    power spectrum, triangular filters on Kaldi's mel scale, logarithm.
+    filter bank: windows without partial ones at the end, the mean of each removed, pre-emphasis, symmetric Hann
+    window, power spectrum, triangular filters on Kaldi's mel scale, logarithm.
 
     Args:
         feature_size (`int`, *optional*, defaults to 128):
@@ -59,7 +59,8 @@ class VideoLlamaFeatureExtractor(SequenceFeatureExtractor):
         std (`float`, *optional*, defaults to 9.138):
             What the log energies are divided by.
         padding_side (`str`, *optional*, defaults to `"left"`):
-            Nothing here is padded by it; but pipelines batch only where it is the tokenizer's, and prompts are padded left.
+            Nothing here is padded by it; but pipelines batch only where it is the tokenizer's, and prompts are padded
+            left.
     """
 
     _auto_class = "AutoFeatureExtractor"
@@ -160,7 +161,9 @@ class VideoLlamaFeatureExtractor(SequenceFeatureExtractor):
         return samples, rate or self.sampling_rate
 
     def _cut_clips(self, samples: np.ndarray, rate: int) -> np.ndarray:
-        """The clips of one sound at `sampling_rate`, (num_clips, samples of a clip or of the whole sound if shorter)."""
+        """
+        The clips of one sound at `sampling_rate`, (num_clips, samples of a clip or of the whole sound if shorter).
+        """
         length = samples.shape[1]
         if length * 1000 < self.frame_length * rate:
             raise ValueError(
@@ -195,7 +198,9 @@ class VideoLlamaFeatureExtractor(SequenceFeatureExtractor):
         return resampled[start - first * up :][:num_samples]
 
     def _log_mel(self, sounds: list[np.ndarray]) -> torch.Tensor:
-        """Kaldi's filter bank of all clips of all sounds at once: (sounds, num_clips, feature_size, num_mel_frames)."""
+        """
+        Kaldi's filter bank of all clips of all sounds at once: (sounds, num_clips, feature_size, num_mel_frames).
+        """
         window_length = int(self.sampling_rate * self.frame_length / 1000)
         shift = int(self.sampling_rate * self.frame_shift / 1000)
         fft_length = 1 << (window_length - 1).bit_length()

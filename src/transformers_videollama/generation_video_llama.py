@@ -1,7 +1,7 @@
 """Fits the library's `generate` to Video-LLaMA's media, placeholders and stop strings.
 
-Media are encoded once, before the prefill, and only those that the cache does not hold yet; the soft tokens, not the media,
-are repeated for beams and several answers.
+Media are encoded once, before the prefill, and only those that the cache does not hold yet; the soft tokens, not the
+media, are repeated for beams and several answers.
 """
 
 from typing import Any
@@ -91,8 +91,8 @@ class VideoLlamaGenerationMixin(GenerationMixin):
         self, input_ids: torch.LongTensor, modality: str, model_kwargs: dict[str, Any]
     ) -> torch.BoolTensor:
         """
-        Placeholders of a modality that lie past what the cache holds: a mask of the shape of `input_ids`, which may be the
-        whole conversation, or its new part alone with an attention mask for all of it.
+        Placeholders of a modality that lie past what the cache holds: a mask of the shape of `input_ids`, which may be
+        the whole conversation, or its new part alone with an attention mask for all of it.
         """
         past_key_values, attention_mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         past_length = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
@@ -172,7 +172,8 @@ class VideoLlamaGenerationMixin(GenerationMixin):
             and not hasattr(generation_utils, "_slice_mm_encoder_output")
         ):
             raise ValueError(
-                f"transformers {__version__} cannot cut a prompt with media into chunks: leave `prefill_chunk_size` out, "
+                f"transformers {__version__} cannot cut a prompt with media into chunks: leave `prefill_chunk_size` "
+                "out, "
                 "or use a newer release."
             )
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
@@ -209,8 +210,8 @@ class VideoLlamaGenerationMixin(GenerationMixin):
         tokenizer: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ) -> StoppingCriteriaList:
-        # The published checkpoints stop at strings. The library finds strings with a tokenizer, which callers seldom pass;
-        # without one, the family's strings are found by their token ids, as the published chat does.
+        # The published checkpoints stop at strings. The library finds strings with a tokenizer, which callers seldom
+        # pass; without one, the family's strings are found by their token ids, as the published chat does.
         stop_strings = generation_config.stop_strings
         strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
         known: dict[str, list[list[int]]] = {}
@@ -247,7 +248,9 @@ class VideoLlamaStopTokensCriteria(StoppingCriteria):
 
 
 class _InVocabularyLogitsProcessorList(LogitsProcessorList):
-    """Shows logits processors, some of which index the scores by the prompt's tokens, no tokens past the vocabulary."""
+    """
+    Shows logits processors, some of which index the scores by the prompt's tokens, no tokens past the vocabulary.
+    """
 
     def __init__(self, processors: LogitsProcessorList, vocab_size: int):
         super().__init__(processors)
@@ -261,8 +264,8 @@ class _InVocabularyLogitsProcessorList(LogitsProcessorList):
 
 def _keep_in_vocabulary(input_ids: torch.LongTensor, vocab_size: int) -> torch.LongTensor:
     """
-    Puts another token of the same prompt in place of placeholders past the vocabulary, so that the prompt still has the same
-    known tokens. The one with the largest id: the smallest may be padding.
+    Puts another token of the same prompt in place of placeholders past the vocabulary, so that the prompt still has
+    the same known tokens. The one with the largest id: the smallest may be padding.
     """
     is_known = input_ids < vocab_size
     stand_in = input_ids.masked_fill(~is_known, 0).amax(dim=1, keepdim=True)

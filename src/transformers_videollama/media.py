@@ -57,8 +57,8 @@ _CHUNK_BYTES = 2**20
 # The containers that are opened at all. Playlists (HLS, DASH, concat, SDP, …) are left out on purpose: they are texts
 # that name other files and hosts, which a media file from elsewhere has no business opening.
 _CONTAINERS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,obu,ivf,gif,apng,asf,dv,mxf,"
-    "nut,ogg,rm,wtv,yuv4mpegpipe,wav,w64,mp3,flac,aac,aiff,amr,au,caf,ac3,eac3,opus,tta,wv,ape"
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,obu,ivf,gif,apng,asf,dv,"
+    "mxf,nut,ogg,rm,wtv,yuv4mpegpipe,wav,w64,mp3,flac,aac,aiff,amr,au,caf,ac3,eac3,opus,tta,wv,ape"
 )
 # Where decord gives exactly the frames that it is asked for
 _DECORD_CONTAINERS = {"mov", "matroska"}
@@ -104,7 +104,9 @@ class OpenedMedia:
         except (av.error.FFmpegError, OSError) as error:
             reason = f"{error.strerror or error}"
             if isinstance(error, av.error.InvalidDataError) or error.errno == errno.EINVAL:
-                reason = "it is no media file of a known kind, or its header is missing or damaged (an incomplete download?)"
+                reason = (
+                    "it is no media file of a known kind, or its header is missing or damaged (cut in a download?)"
+                )
             raise MediaError(f"{self.name} cannot be read: {reason}.") from error
 
 
@@ -113,8 +115,8 @@ MediaSource = str | os.PathLike | bytes | bytearray | memoryview | BinaryIO | Op
 
 def is_opened(source: Any) -> TypeGuard[OpenedMedia]:
     """
-    Whether a source is an [`OpenedMedia`]. Asked of its attribute and not of its class, of which there are several where
-    classes come from a folder through `trust_remote_code`: each of them brings its own copy of this file.
+    Whether a source is an [`OpenedMedia`]. Asked of its attribute and not of its class, of which there are several
+    where classes come from a folder through `trust_remote_code`: each of them brings its own copy of this file.
     """
     return getattr(source, "is_opened_media", False)
 
@@ -508,7 +510,8 @@ def _decode(
 
     def unusable(reason: str) -> MediaError:
         return MediaError(
-            f"{media.name} is {reason}: frame {queue[0]} of {index.num_frames} (at {queue[0] / index.fps:.1f} s) cannot"
+            f"{media.name} is {reason}: frame {queue[0]} of {index.num_frames} (at {queue[0] / index.fps:.1f} s) "
+            "cannot"
             " be decoded. Repair the file or leave it out."
         )
 
@@ -620,7 +623,8 @@ def _read_with_decord(
     media: OpenedMedia, index: _VideoIndex, wanted: Sequence[int], size: tuple[int, int] | None
 ) -> dict[int, np.ndarray] | None:
     """None if decord cannot read this file, or counts its frames differently."""
-    # Not an import statement: those of a file that travels with a checkpoint must all be installed wherever it is loaded
+    # Not an import statement: those of a file that travels with a checkpoint must all be installed wherever it is
+    # loaded
     decord = importlib.import_module("decord")
 
     height, width = size or (-1, -1)

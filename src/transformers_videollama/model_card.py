@@ -1,6 +1,8 @@
-"""The model card of a Video-LLaMA, made from its configuration: what it is made of, whose licences hold, how to use it.
+"""The model card of a Video-LLaMA, made from its configuration: what it is made of, whose licences hold, how to use
+it.
 
-`make_model_card` writes it; `VideoLlamaModelCardMixin` has `push_to_hub` upload it with a model whose repository has none.
+`make_model_card` writes it; `VideoLlamaModelCardMixin` has `push_to_hub` upload it with a model whose repository has
+none.
 """
 
 import os
@@ -54,8 +56,8 @@ Each part keeps the licence of those who trained it, and a model with all of the
 
 ## Limits
 
-Answers can be wrong, made up or biased, as those of the decoder can, above all about sounds, small details, counts and \
-the order of events. {frames} frames of a video are seen by default, however long it is{sound}.
+Answers can be wrong, made up or biased, as those of the decoder can, above all about sounds, small details, counts \
+and the order of events. {frames} frames of a video are seen by default, however long it is{sound}.
 
 ## Citation
 
@@ -126,7 +128,8 @@ def make_model_card(
     if config.audio_vision_config is not None:
         parts.append(("Vision tower, to train the audio branch", "ImageBind-Huge", "CC-BY-NC 4.0"))
     names = " and ".join(part.replace("_", " ") for part in trained_parts or [])
-    remote = f'\nWithout the package, `pipeline("video-text-to-text", model="{repo_id}", trust_remote_code=True)` does it too.\n'
+    call = f'pipeline("video-text-to-text", model="{repo_id}", trust_remote_code=True)'
+    remote = f"\nWithout the package, `{call}` does it too.\n"
     text = _TEXT.format(
         title=repo_id.rpartition("/")[2],
         kind=f"The {names} alone, without the frozen parts, of a " if trained_parts else "",

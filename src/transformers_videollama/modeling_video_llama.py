@@ -2,12 +2,12 @@
 
 Data flow, with N media, T frames, S sound clips and D the decoder's width:
 
-    pixel_values_videos (N,T,3,224,224) -> vision_tower (ViT-g) -> qformer ---- + frame position -> video_branch -> (N,32,D)
-    input_features (N,S,128,204) -------> audio_tower (ImageBind) ------------ + clip position --> audio_branch -> (N, 8,D)
+    pixel_values_videos (N,T,3,224,224) -> vision_tower (ViT-g) -> qformer + frame position -> video_branch -> (N,32,D)
+    input_features (N,S,128,204) -------> audio_tower (ImageBind) ------- + clip position --> audio_branch -> (N, 8,D)
 
-The soft tokens replace the placeholder tokens of the embedded prompt, which the frozen decoder then continues. Only the
-two branches are ever trained. An image is a video of one frame. To train the audio branch it is shown frames instead of
-sound, through `audio_vision_tower`, because ImageBind puts both into one space.
+The soft tokens replace the placeholder tokens of the embedded prompt, which the frozen decoder then continues. Only
+the two branches are ever trained. An image is a video of one frame. To train the audio branch it is shown frames
+instead of sound, through `audio_vision_tower`, because ImageBind puts both into one space.
 """
 
 import copy
@@ -70,13 +70,17 @@ class VideoLlamaModelOutputWithPast(ModelOutput):
     Output of [`VideoLlamaModel`].
 
     Args:
-        last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The decoder's last state.
+        last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
+            The decoder's last state.
         past_key_values (`Cache`, *optional*): The decoder's cache.
         hidden_states (`tuple[torch.Tensor]`, *optional*): The decoder's states, with `output_hidden_states=True`.
         attentions (`tuple[torch.Tensor]`, *optional*): The decoder's attention weights, with `output_attentions=True`.
-        image_hidden_states (`torch.Tensor` of shape `(num_images, 32, hidden_size)`, *optional*): Soft tokens of images.
-        video_hidden_states (`torch.Tensor` of shape `(num_videos, 32, hidden_size)`, *optional*): Soft tokens of videos.
-        audio_hidden_states (`torch.Tensor` of shape `(num_sounds, 8, hidden_size)`, *optional*): Soft tokens of sounds.
+        image_hidden_states (`torch.Tensor` of shape `(num_images, 32, hidden_size)`, *optional*):
+            Soft tokens of images.
+        video_hidden_states (`torch.Tensor` of shape `(num_videos, 32, hidden_size)`, *optional*):
+            Soft tokens of videos.
+        audio_hidden_states (`torch.Tensor` of shape `(num_sounds, 8, hidden_size)`, *optional*):
+            Soft tokens of sounds.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -121,8 +125,9 @@ class VideoLlamaQFormerModel(Blip2QFormerModel):
     }
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
-        # The library's flash-attention call takes one padding mask for queries and keys alike, so it cannot hide padded
-        # frames from the queries. PyTorch's own attention can, and runs its flash kernel where nothing is padded.
+        # The library's flash-attention call takes one padding mask for queries and keys alike, so it cannot hide
+        # padded frames from the queries. PyTorch's own attention can, and runs its flash kernel where nothing is
+        # padded.
         if attn_implementation is not None and "flash" in attn_implementation:
             attn_implementation = "sdpa"
         return super()._check_and_adjust_attn_implementation(attn_implementation, *args, **kwargs)
@@ -169,9 +174,9 @@ class VideoLlamaBranch(nn.Module):
 
     def get_positions(self, length: int, padding_mask: torch.Tensor | None) -> torch.Tensor:
         """
-        Position embeddings of shape `(1 or N, length, encoder_hidden_size)`. A medium of n steps, of which there are at
-        most as many as table rows, takes the first n rows; a longer one takes the table linearly interpolated to n rows
-        (each medium by its own length, so that a batch gives what its members give alone).
+        Position embeddings of shape `(1 or N, length, encoder_hidden_size)`. A medium of n steps, of which there are
+        at most as many as table rows, takes the first n rows; a longer one takes the table linearly interpolated to n
+        rows (each medium by its own length, so that a batch gives what its members give alone).
         """
         # The table is read by calling the module, because offloaded weights are on their device only during a call.
         num_positions = self.position_embedding.num_embeddings
@@ -193,7 +198,8 @@ class VideoLlamaBranch(nn.Module):
     def forward(self, memory: torch.Tensor, padding_mask: torch.Tensor | None = None) -> BaseModelOutputWithPooling:
         r"""
         Args:
-            memory (`torch.Tensor` of shape `(N, length, tokens, encoder_hidden_size)`): `tokens` vectors a frame or clip.
+            memory (`torch.Tensor` of shape `(N, length, tokens, encoder_hidden_size)`):
+                `tokens` vectors a frame or clip.
             padding_mask (`torch.Tensor` of shape `(N, length)`, *optional*): 1 for frames, 0 for padding.
 
         Returns:
@@ -241,13 +247,13 @@ class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
         **kwargs: Any,
     ) -> "VideoLlamaPreTrainedModel":
         """
-        See [`PreTrainedModel.from_pretrained`]. A `quantization_config` that names no modules to skip quantises the decoder
-        alone: the encoders, the branches and the head are kept as they are.
+        See [`PreTrainedModel.from_pretrained`]. A `quantization_config` that names no modules to skip quantises the
+        decoder alone: the encoders, the branches and the head are kept as they are.
 
         Args:
             text_model (`str` or `os.PathLike`, *optional*):
-                For a checkpoint that leaves the decoder out, the folder or Hub id where the decoder is; by default the one
-                that its configuration names as `text_model`.
+                For a checkpoint that leaves the decoder out, the folder or Hub id where the decoder is; by default the
+                one that its configuration names as `text_model`.
         """
         if quantization_config is not None:
             quantization_config = _skip_media_parts(quantization_config)
@@ -335,9 +341,9 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
 
     def load_audio_vision_tower(self, path: str | None = None, **kwargs: Any) -> None:
         """
-        Loads ImageBind's vision tower, which lets the audio branch be trained on frames. A converted checkpoint keeps it in
-        a folder of its own, `audio_vision_tower`, so that inference neither downloads nor loads it. Saving the model
-        afterwards saves the tower with it.
+        Loads ImageBind's vision tower, which lets the audio branch be trained on frames. A converted checkpoint keeps
+        it in a folder of its own, `audio_vision_tower`, so that inference neither downloads nor loads it. Saving the
+        model afterwards saves the tower with it.
 
         Args:
             path (`str`, *optional*): Folder or Hub id of the checkpoint; where the model was loaded from by default.
@@ -370,8 +376,8 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(num_frames, 3, height, width)`): Normalised frames.
 
         Returns:
-            `BaseModelOutput`: `last_hidden_state` of shape `(num_frames, num_query_tokens, hidden_size)`; `hidden_states`
-            and `attentions` are the ViT's, if asked for.
+            `BaseModelOutput`: `last_hidden_state` of shape `(num_frames, num_query_tokens, hidden_size)`;
+            `hidden_states` and `attentions` are the ViT's, if asked for.
         """
         chunks = []
         for chunk in pixel_values.split(self.config.frame_chunk_size):
@@ -430,13 +436,15 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
                 or not input_features.shape[1]
             ):
                 raise ValueError(
-                    f"`input_features` must be of shape (sounds, clips, {clip_shape[0]}, {clip_shape[1]}), but is of shape "
+                    f"`input_features` must be of shape (sounds, clips, {clip_shape[0]}, {clip_shape[1]}), but is of "
+                    "shape "
                     f"{tuple(input_features.shape)}."
                 )
             return self.audio_tower, input_features, "clips"
         if self.audio_vision_tower is None:
             raise ValueError(
-                "To show frames to the audio branch the model needs ImageBind's vision tower, which is not built, because "
+                "To show frames to the audio branch the model needs ImageBind's vision tower, which is not built, "
+                "because "
                 "only training uses it. Load it with `model.load_audio_vision_tower()`."
             )
         _check_frames(pixel_values_videos, None, self.config.audio_vision_config)
@@ -459,17 +467,18 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
                 Normalised frames.
             padding_mask_videos (`torch.Tensor` of shape `(num_videos, num_frames)`, *optional*):
                 1 for frames, 0 for the padding after the last frame of shorter videos, which changes nothing.
-            frame_features (`torch.Tensor` of shape `(num_videos, num_frames, num_query_tokens, qformer_hidden_size)`, *optional*):
+            frame_features (`torch.Tensor` of shape `(num_videos, num_frames, num_query_tokens, qformer_hidden_size)`,
+            *optional*):
                 What [`~VideoLlamaModel.get_frame_features`] gave for the frames, instead of the frames.
 
         Returns:
-            `BaseModelOutputWithPooling`: `pooler_output` of shape `(num_videos, num_video_query_tokens, hidden_size)` are
-            the soft tokens, `last_hidden_state` the video Q-Former's output before the projection; `hidden_states` and
-            `attentions` are the ViT's, one row a frame, if asked for.
+            `BaseModelOutputWithPooling`: `pooler_output` of shape `(num_videos, num_video_query_tokens, hidden_size)`
+            are the soft tokens, `last_hidden_state` the video Q-Former's output before the projection; `hidden_states`
+            and `attentions` are the ViT's, one row a frame, if asked for.
 
         Raises:
-            ValueError: if there are more frames than positions and `config.interpolate_frame_positions` is off; for both
-                frames and their features, or neither.
+            ValueError: if there are more frames than positions and `config.interpolate_frame_positions` is off; for
+                both frames and their features, or neither.
         """
         if (pixel_values_videos is None) == (frame_features is None):
             raise ValueError("Give the video branch either `pixel_values_videos` or `frame_features`.")
@@ -544,16 +553,18 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
                 Normalised frames, instead of sound; at most `audio_config.max_source_positions` a video.
             padding_mask_videos (`torch.Tensor` of shape `(num_videos, num_frames)`, *optional*):
                 1 for frames, 0 for the padding after the last frame of shorter videos.
-            clip_features (`torch.Tensor` of shape `(num_sounds, num_clips or num_frames, projection_dim)`, *optional*):
+            clip_features (`torch.Tensor` of shape `(num_sounds, num_clips or num_frames, projection_dim)`,
+            *optional*):
                 What [`~VideoLlamaModel.get_clip_features`] gave for the clips or frames, instead of them.
 
         Returns:
-            `BaseModelOutputWithPooling`: `pooler_output` of shape `(num_sounds, num_audio_query_tokens, hidden_size)` are
-            the soft tokens, `last_hidden_state` the audio Q-Former's output before the projection; `hidden_states` and
-            `attentions` are ImageBind's, one row a clip or frame, if asked for.
+            `BaseModelOutputWithPooling`: `pooler_output` of shape `(num_sounds, num_audio_query_tokens, hidden_size)`
+            are the soft tokens, `last_hidden_state` the audio Q-Former's output before the projection; `hidden_states`
+            and `attentions` are ImageBind's, one row a clip or frame, if asked for.
 
         Raises:
-            ValueError: without an audio branch or, for frames, without the vision tower; unless given just one of the inputs.
+            ValueError: without an audio branch or, for frames, without the vision tower; unless given just one of the
+            inputs.
         """
         branch: Any = self.audio_branch
         if clip_features is None:
@@ -590,7 +601,8 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 The prompt. Without it placeholders are found by their embedding, where they have one.
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): The embedded prompt.
-            image_features, video_features, audio_features (`torch.Tensor`, *optional*): Soft tokens, to check their number.
+            image_features, video_features, audio_features (`torch.Tensor`, *optional*):
+                Soft tokens, to check their number.
 
         Raises:
             ValueError: if a medium's soft tokens are not as many as its placeholders; the message names both counts.
@@ -609,7 +621,8 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
                 width = inputs_embeds.shape[-1]
                 if features.shape[-1] != width:
                     raise ValueError(
-                        f"The {modality} input gives soft tokens of width {features.shape[-1]}, but the decoder's is {width}: "
+                        f"The {modality} input gives soft tokens of width {features.shape[-1]}, but the decoder's is "
+                        f"{width}: "
                         "were they encoded by another model?"
                     )
                 num_features = features.numel() // width
@@ -653,21 +666,26 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
                 Normalised frames.
             input_features (`torch.Tensor` of shape `(num_sounds, num_clips, num_mel_bins, max_length)`, *optional*):
                 Normalised log-mel clips.
-            audio_pixel_values_videos (`torch.Tensor` of shape `(num_videos, num_frames, 3, height, width)`, *optional*):
+            audio_pixel_values_videos (`torch.Tensor` of shape `(num_videos, num_frames, 3, height, width)`,
+            *optional*):
                 Frames for the audio branch, in place of `input_features`, to train it.
             padding_mask_videos (`torch.Tensor` of shape `(num_videos, num_frames)`, *optional*):
                 1 for frames of `pixel_values_videos`, 0 for the padding of shorter videos.
             audio_padding_mask_videos (`torch.Tensor` of shape `(num_videos, num_frames)`, *optional*):
                 The same for `audio_pixel_values_videos`.
-            image_frame_features (`torch.Tensor` of shape `(num_images, num_query_tokens, qformer_hidden_size)`, *optional*):
+            image_frame_features (`torch.Tensor` of shape `(num_images, num_query_tokens, qformer_hidden_size)`,
+            *optional*):
                 What [`~VideoLlamaModel.get_frame_features`] gave for the images, in place of `pixel_values`.
-            video_frame_features (`torch.Tensor` of shape `(num_videos, num_frames, num_query_tokens, qformer_hidden_size)`, *optional*):
+            video_frame_features (`torch.Tensor` of shape `(num_videos, num_frames, num_query_tokens,
+            qformer_hidden_size)`, *optional*):
                 The same for the frames of videos, in place of `pixel_values_videos`.
-            audio_clip_features (`torch.Tensor` of shape `(num_sounds, num_clips or num_frames, projection_dim)`, *optional*):
+            audio_clip_features (`torch.Tensor` of shape `(num_sounds, num_clips or num_frames, projection_dim)`,
+            *optional*):
                 What [`~VideoLlamaModel.get_clip_features`] gave, in place of `input_features` or
                 `audio_pixel_values_videos`.
             mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
-                Outputs of the feature getters under `"image"`, `"video"` and `"audio"`, in place of the media themselves.
+                Outputs of the feature getters under `"image"`, `"video"` and `"audio"`, in place of the media
+                themselves.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
@@ -747,8 +765,8 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
         past_key_values: Cache | None,
     ) -> None:
         """
-        Refuses placeholders without a medium. Continuations of a cache are left out: they would wait for the device at every
-        step, and what they continue was checked at the prefill.
+        Refuses placeholders without a medium. Continuations of a cache are left out: they would wait for the device at
+        every step, and what they continue was checked at the prefill.
         """
         if (
             input_ids.shape[1] == 1
@@ -765,7 +783,8 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
 
     def set_trainable(self, parts: str | Sequence[str]) -> list[str]:
         """
-        Chooses what is trained: its parameters require gradients, all others do not and their modules stay in eval mode.
+        Chooses what is trained: its parameters require gradients, all others do not and their modules stay in eval
+        mode.
 
         Args:
             parts (`str` or `Sequence[str]`):
@@ -903,8 +922,8 @@ class VideoLlamaForConditionalGeneration(VideoLlamaPreTrainedModel, VideoLlamaGe
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Compute logits for this many last positions only, or for these positions; 0 means for all.
             skip_logits (`bool`, *optional*, defaults to `False`):
-                With labels, return the loss without logits, and compute no more of them than the loss needs: those that
-                predict a label, a small part of a prompt of soft tokens and questions. For training.
+                With labels, return the loss without logits, and compute no more of them than the loss needs: those
+                that predict a label, a small part of a prompt of soft tokens and questions. For training.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -972,18 +991,23 @@ def _check_frames(
         )
     if padding_mask_videos is not None and tuple(padding_mask_videos.shape) != shape[:2]:
         raise ValueError(
-            f"The frames' padding mask must be of shape {shape[:2]}, but is of shape {tuple(padding_mask_videos.shape)}."
+            f"The frames' padding mask must be of shape {shape[:2]}, but is of shape "
+            f"{tuple(padding_mask_videos.shape)}."
         )
 
 
 def _check_features(
     name: str, axes: str, features: torch.Tensor, inner_shape: tuple[int, ...], padding_mask: torch.Tensor | None
 ) -> None:
-    """Refuses features of frames or clips that do not have the shape (media, steps, *inner_shape), and masks that do not fit."""
+    """
+    Refuses features of frames or clips that do not have the shape (media, steps, *inner_shape), and masks that do not
+    fit.
+    """
     shape = tuple(features.shape)
     if len(shape) != 2 + len(inner_shape) or shape[2:] != inner_shape or not shape[1]:
         raise ValueError(
-            f"`{name}` must be of shape {axes} with the last sizes {inner_shape}, but is of shape {shape}: were they made "
+            f"`{name}` must be of shape {axes} with the last sizes {inner_shape}, but is of shape {shape}: were they "
+            "made "
             "by another model?"
         )
     if padding_mask is not None and tuple(padding_mask.shape) != shape[:2]:
@@ -1001,7 +1025,9 @@ def _safetensors_files(name: str | os.PathLike, **hub_options: Any) -> list[str]
 
 
 def _skip_media_parts(config: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:
-    """A copy of a quantisation configuration that leaves everything but the decoder alone, unless it says what to skip."""
+    """
+    A copy of a quantisation configuration that leaves everything but the decoder alone, unless it says what to skip.
+    """
     parts = ["vision_tower", "qformer", "video_branch", "audio_tower", "audio_branch", "audio_vision_tower"]
     skipped = ["lm_head", *parts, *(f"model.{part}" for part in parts)]
     config = AutoQuantizationConfig.from_dict(config) if isinstance(config, dict) else copy.deepcopy(config)
@@ -1013,7 +1039,9 @@ def _skip_media_parts(config: QuantizationConfigMixin | dict) -> QuantizationCon
 
 
 def _concatenate_chunks(chunks: list[tuple]) -> tuple[torch.Tensor, tuple | None, tuple | None]:
-    """Joins `(states, hidden_states, attentions)` of chunks of frames, the last two being one tensor a layer or None."""
+    """
+    Joins `(states, hidden_states, attentions)` of chunks of frames, the last two being one tensor a layer or None.
+    """
     states, hidden_states, attentions = zip(*chunks, strict=True)
 
     def join_layers(layers: tuple) -> tuple | None:

@@ -1,7 +1,9 @@
-"""The frozen encoders of Video-LLaMA: EVA-CLIP's ViT-g for frames, ImageBind's audio tower for sound and its vision tower.
+"""The frozen encoders of Video-LLaMA: EVA-CLIP's ViT-g for frames, ImageBind's audio tower for sound and its vision
+tower.
 
-All three are pre-norm transformers over patches with a class token and learned absolute positions; they differ in how they
-cut patches, in their attention and in what they return. See `modeling_video_llama.py` for how they are put together.
+All three are pre-norm transformers over patches with a class token and learned absolute positions; they differ in how
+they cut patches, in their attention and in what they return. See `modeling_video_llama.py` for how they are put
+together.
 """
 
 import math
@@ -25,8 +27,8 @@ from .configuration_video_llama import VideoLlamaAudioConfig, VideoLlamaAudioVis
 
 class VideoLlamaFloat32LayerNorm(nn.LayerNorm):
     """
-    A layer norm computed in float32 whatever the dtype of its input and weights, as the published `ln_vision` is. It ends
-    every tower, where the features leave it.
+    A layer norm computed in float32 whatever the dtype of its input and weights, as the published `ln_vision` is. It
+    ends every tower, where the features leave it.
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -122,7 +124,8 @@ class VideoLlamaPatchEmbeddings(nn.Module):
         patch_embedding (`nn.Module`): The convolution that cuts and projects patches.
         hidden_size (`int`): Width of the result.
         num_patches (`int`): Patches of one input.
-        layer_norm (`bool`, *optional*, defaults to `False`): Whether patches are normalised before the class token joins.
+        layer_norm (`bool`, *optional*, defaults to `False`):
+            Whether patches are normalised before the class token joins.
     """
 
     def __init__(self, patch_embedding: nn.Module, hidden_size: int, num_patches: int, layer_norm: bool = False):
@@ -200,8 +203,8 @@ class VideoLlamaVisionModel(VideoLlamaTower):
             pixel_values (`torch.Tensor` of shape `(num_frames, 3, image_size, image_size)`): Normalised frames.
 
         Returns:
-            `BaseModelOutput`: `last_hidden_state` of shape `(num_frames, 1 + num_patches, hidden_size)`, after the layer
-            norm; `hidden_states[-1]`, with `output_hidden_states=True`, is the state before it.
+            `BaseModelOutput`: `last_hidden_state` of shape `(num_frames, 1 + num_patches, hidden_size)`, after the
+            layer norm; `hidden_states[-1]`, with `output_hidden_states=True`, is the state before it.
         """
         hidden_states = self.encoder(self.embeddings(pixel_values), **kwargs)
         return BaseModelOutput(last_hidden_state=self.post_layernorm(hidden_states))
@@ -282,8 +285,8 @@ class VideoLlamaAudioVisionModel(VideoLlamaTower):
             pixel_values (`torch.Tensor` of shape `(num_frames, 3, image_size, image_size)`): Normalised frames.
 
         Returns:
-            `BaseModelOutputWithPooling`: `last_hidden_state` of shape `(num_frames, 1 + num_patches, hidden_size)`, and
-            `pooler_output` of shape `(num_frames, projection_dim)`, of length 1: unlike sound it is not scaled.
+            `BaseModelOutputWithPooling`: `last_hidden_state` of shape `(num_frames, 1 + num_patches, hidden_size)`,
+            and `pooler_output` of shape `(num_frames, projection_dim)`, of length 1: unlike sound it is not scaled.
         """
         # A frame is a still video as long as one patch.
         still_videos = pixel_values.unsqueeze(2).expand(-1, -1, self.config.temporal_patch_size, -1, -1)

@@ -1,7 +1,7 @@
 """The pipeline `"video-text-to-text"`: a video and a question, or a chat, in; an answer out.
 
-The outermost layer: it turns what the caller has into a chat, has the processor write the prompt and the inputs, lets the
-model generate, and returns what the library's `"image-text-to-text"` pipeline returns. What is not about videos is
+The outermost layer: it turns what the caller has into a chat, has the processor write the prompt and the inputs, lets
+the model generate, and returns what the library's `"image-text-to-text"` pipeline returns. What is not about videos is
 inherited from that pipeline.
 """
 
@@ -93,7 +93,8 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
             return_tensors (`bool`, *optional*, defaults to `False`): Return the token ids of prompt and answer.
             stop_sequence (`str` or `list[str]`, *optional*): Strings that end the answer.
             continue_final_message (`bool`, *optional*):
-                Whether the last message of a chat is continued and not answered. By default so if it is the assistant's.
+                Whether the last message of a chat is continued and not answered. By default so if it is the
+                assistant's.
             batch_size (`int`, *optional*, defaults to 1): Prompts that are generated for at a time. They may differ in
                 length, in frames, and in whether there is sound.
 

@@ -1,4 +1,5 @@
-"""From prompts and media to the inputs of the model: tokenizer, image and video processor and feature extractor in one.
+"""From prompts and media to the inputs of the model: tokenizer, image and video processor and feature extractor in
+one.
 
 The last step before the model. `VideoLlamaProcessor.apply_chat_template` opens the media of a chat, so that the prompt
 can say what is in them (a sound of its own, the seconds of the frames), renders the prompt and has the inherited
@@ -47,8 +48,8 @@ class VideoLlamaProcessor(ProcessorMixin):
 
     The tokenizer is changed where the model needs it: placeholder tokens it does not know are added as special tokens
     (in the order image, video, audio), prompts of a batch are padded on the left, as generation needs, with its
-    unknown token (else its end-of-sequence token) if it has no padding token. A LLaMA tokenizer starts a prompt with its
-    beginning-of-sequence token and puts its leading space behind special tokens too, because the published system
+    unknown token (else its end-of-sequence token) if it has no padding token. A LLaMA tokenizer starts a prompt with
+    its beginning-of-sequence token and puts its leading space behind special tokens too, because the published system
     tokenizes the pieces around the media one by one.
 
     Args:
@@ -106,7 +107,7 @@ class VideoLlamaProcessor(ProcessorMixin):
         self.video_token_id = self.tokenizer.convert_tokens_to_ids(video_token)
         self.audio_token_id = self.tokenizer.convert_tokens_to_ids(audio_token)
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------------------
     # Hooks of the inherited `__call__`
 
     def prepare_inputs_layout(
@@ -190,7 +191,7 @@ class VideoLlamaProcessor(ProcessorMixin):
             counts["num_audio_tokens"] = [self.num_audio_tokens] * len(audio_lengths)
         return MultiModalData(**counts)
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------------------
     # Chats
 
     def apply_chat_template(
@@ -391,8 +392,9 @@ class VideoLlamaProcessor(ProcessorMixin):
         The Jinja template that [`~VideoLlamaProcessor.apply_chat_template`] renders.
 
         Args:
-            chat_template (`str`, *optional*): a template, or the name of one of the processor's own or of the published
-                ones; by default the processor's own (`"default"`, if it has several).
+            chat_template (`str`, *optional*):
+                a template, or the name of one of the processor's own or of the published ones; by default the
+                processor's own (`"default"`, if it has several).
 
         Raises:
             ValueError: none was given, and the processor has none of its own, or several and no default.
@@ -411,7 +413,7 @@ class VideoLlamaProcessor(ProcessorMixin):
             f" {', '.join(CHAT_TEMPLATES)}, or create the processor with one."
         )
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------------------
     # Answers
 
     def post_process_image_text_to_text(
@@ -499,8 +501,8 @@ def read_content_entry(entry: str | dict[str, Any]) -> dict[str, Any]:
         entry: as [`~VideoLlamaProcessor.apply_chat_template`] takes it.
 
     Returns:
-        `{"type": "text", "text": …}` or `{"type": "image" | "video" | "audio", "source": …}`, in which the source is the
-        medium, a pair with its sampling rate where the entry gives one, or None.
+        `{"type": "text", "text": …}` or `{"type": "image" | "video" | "audio", "source": …}`, in which the source is
+        the medium, a pair with its sampling rate where the entry gives one, or None.
 
     Raises:
         ValueError: it is none of the known types.
@@ -610,10 +612,10 @@ def make_assistant_masks(
     Which tokens of prompts are the assistant's words.
 
     Args:
-        offset_mapping: for each prompt the (start, end) characters of its tokens, in the text in which each placeholder
-            was replaced by as many as its medium takes.
-        replacements: for each prompt these replacements, as [`~VideoLlamaProcessor.get_text_with_replacements`] returns
-            them.
+        offset_mapping: for each prompt the (start, end) characters of its tokens, in the text in which each
+            placeholder was replaced by as many as its medium takes.
+        replacements: for each prompt these replacements, as [`~VideoLlamaProcessor.get_text_with_replacements`]
+            returns them.
         spans: for each prompt the (start, end) characters of the assistant's words, in the text before.
 
     Returns:

@@ -1,9 +1,10 @@
-"""A model's trained part: a checkpoint of the video branch, the audio branch or both, which loads onto the frozen parts.
+"""A model's trained part: a checkpoint of the video branch, the audio branch or both, which loads onto the frozen
+parts.
 
 As a rule the branches alone are trained, so this is all that a training run has to keep: some hundred megabytes in
 place of the whole model. Other parts that were trained are kept in the same way. A folder of this form holds
-`trained_part.safetensors`, with the tensors under the model's own names, and `trained_part.json`, which names the model
-that they belong to and the sizes that must fit.
+`trained_part.safetensors`, with the tensors under the model's own names, and `trained_part.json`, which names the
+model that they belong to and the sizes that must fit.
 """
 
 import json
@@ -50,8 +51,8 @@ def save_trained_part(
         directory (`str` or `os.PathLike`): The folder, made if need be.
         parts (`list[str]`, *optional*):
             Some of `"video_branch"`, `"audio_branch"`, `"vision_tower"`, `"qformer"` (with `query_tokens`) and
-            `"language_model"` (with the head). By default the branches with parameters that require a gradient or, in a
-            model without any, all branches that it has.
+            `"language_model"` (with the head). By default the branches with parameters that require a gradient or, in
+            a model without any, all branches that it has.
         base_model (`str`, *optional*):
             Folder or Hub id of the model with the frozen parts. By default where `model` was loaded from.
         base_revision (`str`, *optional*): Its revision on the Hub.
@@ -102,8 +103,8 @@ def save_trained_part(
 
 def load_trained_part(model: Model, path_or_repo_id: str | os.PathLike, **kwargs: Any) -> list[str]:
     """
-    Loads trained parts onto a model, in place. Parts that are not in the file keep their weights, so that a video and an
-    audio branch can be loaded one after the other.
+    Loads trained parts onto a model, in place. Parts that are not in the file keep their weights, so that a video and
+    an audio branch can be loaded one after the other.
 
     Args:
         model (`VideoLlamaForConditionalGeneration` or `VideoLlamaModel`): The model.

@@ -230,7 +230,8 @@ class VideoLlamaVideoProcessor(BaseVideoProcessor):
         if len({tensor.shape for tensor in tensors}) > 1:
             if size is None:
                 raise ValueError(
-                    f"The frames of a video have different shapes: {sorted({tuple(t.shape) for t in tensors})}. Give them"
+                    f"The frames of a video have different shapes: {sorted({tuple(t.shape) for t in tensors})}. Give "
+                    "them"
                     " one size, or have them resized to a fixed height and width."
                 )
             tensors = [self.resize(tensor, size, options["resample"]) for tensor in tensors]

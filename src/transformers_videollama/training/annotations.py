@@ -39,8 +39,8 @@ class AnnotationError(ValueError):
 
 def annotation_features() -> "Features":
     """
-    The columns of all rows: `messages`, a chat with `role` and `content`, of which each entry has a `type` (text, image,
-    video or audio) and `text` or `path`; and `source`, the row's place (`file:line` or `file[entry]`).
+    The columns of all rows: `messages`, a chat with `role` and `content`, of which each entry has a `type` (text,
+    image, video or audio) and `text` or `path`; and `source`, the row's place (`file:line` or `file[entry]`).
     """
     from datasets import Features, Value
 
@@ -65,7 +65,8 @@ def load_annotations(
     | `llava_cc3m`, `minigpt4` | JSON `{"annotations": [{"image_id", "caption"}]}` | `image/<image_id>.jpg` |
     | `llava_instruct` | JSON `[{"image", "conversations": [{"from": "human" or "gpt", "value"}]}]` | `<image>` |
     | `videochat` | JSON `[{"video", "QA": [{"i", "q", "a"}]}]` | `<video>` |
-    | `chat` | JSONL `{"messages": […]}`, a folder of `Dataset.save_to_disk`, or a dataset on the Hub | in the messages |
+    | `chat` | JSONL `{"messages": […]}`, a folder of `Dataset.save_to_disk`, or a dataset on the Hub | in the messages
+    |
 
     A caption is the answer to a medium without words. WebVid's and CC3M's are cleaned ([`clean_caption`]). In LLaVA's
     conversations `<image>` marks the place of the image; without `image` there is text alone. VideoChat's instruction
@@ -74,9 +75,9 @@ def load_annotations(
     Args:
         format: one of the above.
         annotations: a file, a pattern (`results_*.csv`), or a list of them.
-        media_root: the folder that paths of media are relative to, by default that of the annotation file (for a folder
-            or a dataset on the Hub, the current folder). Published annotations may not point out of it; chats are
-            one's own, and may.
+        media_root: the folder that paths of media are relative to, by default that of the annotation file (for a
+            folder or a dataset on the Hub, the current folder). Published annotations may not point out of it; chats
+            are one's own, and may.
         streaming: read rows while they are used and not all now. Each file is a shard then.
 
     Returns:

@@ -35,7 +35,8 @@ class ModelArguments:
     branch: str = field(
         default="video",
         metadata={
-            "help": "The branch that is trained, everything else being frozen: `audio` has frames go through ImageBind.",
+            "help": "The branch that is trained, everything else being frozen: `audio` has frames go through "
+            "ImageBind.",
             "choices": list(BRANCHES),
         },
     )
@@ -50,14 +51,16 @@ class ModelArguments:
     trained_part: str | None = field(
         default=None,
         metadata={
-            "help": "Folder or Hub id of a trained part to start from: for stage 2, the output of stage 1. By default the "
+            "help": "Folder or Hub id of a trained part to start from: for stage 2, the output of stage 1. By "
+            "default the "
             "model's own weights."
         },
     )
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Number format of the frozen parts, such as `bfloat16`. By default that of the computation: `bfloat16` "
+            "help": "Number format of the frozen parts, such as `bfloat16`. By default that of the computation: "
+            "`bfloat16` "
             "with `--bf16`, `float16` with `--fp16`, otherwise `float32`. What is trained is kept in float32."
         },
     )
@@ -94,7 +97,8 @@ class ModelArguments:
             _check_choice("trainable", part, TRAINABLE_PARTS)
         if self.lora_r and "language_model" in self.trainable:
             raise ValueError(
-                "`trainable` has `language_model`, and `lora_r` adds an adapter to it: train the decoder in one of the two ways."
+                "`trainable` has `language_model`, and `lora_r` adds an adapter to it: train the decoder in one of "
+                "the two ways."
             )
 
 
@@ -113,7 +117,8 @@ class DataArguments:
     eval_datasets: list[dict[str, Any]] | str | None = field(
         default=None,
         metadata={
-            "help": "Data sets to evaluate the loss on, in the form of `datasets`; `eval_strategy` says when, `do_eval` for "
+            "help": "Data sets to evaluate the loss on, in the form of `datasets`; `eval_strategy` says when, "
+            "`do_eval` for "
             "once at the end. Whole pictures and frames at equal distances are shown, in a fixed order."
         },
     )
@@ -124,7 +129,8 @@ class DataArguments:
     sampling: str = field(
         default="uniform",
         metadata={
-            "help": "Which frames of a video are shown: `headtail` draws half from either half of it (published stage 1), "
+            "help": "Which frames of a video are shown: `headtail` draws half from either half of it (published "
+            "stage 1), "
             "`uniform` takes them at equal distances (stage 2).",
             "choices": list(SAMPLINGS),
         },
@@ -212,7 +218,8 @@ def check_datasets(datasets: Any, field_name: str = "datasets") -> list[dict[str
         unknown = sorted(set(entry) - set(DATASET_KEYS))
         if unknown:
             raise ValueError(
-                f"`{field_name}[{number}]` has {', '.join(unknown)}, which is unknown: choose from {', '.join(DATASET_KEYS)}."
+                f"`{field_name}[{number}]` has {', '.join(unknown)}, which is unknown: choose from "
+                f"{', '.join(DATASET_KEYS)}."
             )
         weight = entry.get("weight")
         is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
@@ -225,8 +232,8 @@ def parse_arguments(
     argv: Sequence[str],
 ) -> tuple[ModelArguments, DataArguments, VideoLlamaTrainingArguments]:
     """
-    Reads `[config.yaml] [--field value …]`: every field of the three classes can stand in either place, and the command
-    line wins.
+    Reads `[config.yaml] [--field value …]`: every field of the three classes can stand in either place, and the
+    command line wins.
 
     Raises:
         ValueError: for a file that is no mapping, for keys that are unknown, and for values that do not fit, alone or
@@ -237,7 +244,8 @@ def parse_arguments(
     parser = HfArgumentParser(
         (ModelArguments, DataArguments, VideoLlamaTrainingArguments),
         prog="train.py",
-        description="Trains a branch of Video-LLaMA. Every flag can stand in the YAML file as well, without its dashes.",
+        description="Trains a branch of Video-LLaMA. Every flag can stand in the YAML file as well, without its "
+        "dashes.",
         allow_abbrev=False,
         formatter_class=argparse.HelpFormatter,
     )
@@ -284,7 +292,8 @@ def _check_evaluation(data: DataArguments, training: VideoLlamaTrainingArguments
         )
     if training.metric_for_best_model not in (None, "loss", "eval_loss"):
         raise ValueError(
-            f"`metric_for_best_model` is {training.metric_for_best_model!r}, but the loss alone is measured: `eval_loss`."
+            f"`metric_for_best_model` is {training.metric_for_best_model!r}, but the loss alone is measured: "
+            "`eval_loss`."
         )
     if data.eval_datasets is not None and not wanted:
         logger.warning("`eval_datasets` are not used: set `eval_strategy`, or `do_eval` to evaluate once at the end.")

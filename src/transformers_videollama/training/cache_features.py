@@ -1,4 +1,5 @@
-"""`main`, the command that writes a feature cache: its arguments, the media that they name, and the model that encodes them.
+"""`main`, the command that writes a feature cache: its arguments, the media that they name, and the model that encodes
+them.
 
 `examples/training/cache_features.py` calls it; `feature_cache_writer` does the work.
 """
@@ -45,8 +46,10 @@ class CacheArguments:
     kinds: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "Which features: `frames` for the video branch, `clips` (ImageBind's vectors of the frames) for training "
-            "the audio branch, `sound` (ImageBind's vectors of the files' own sound). By default what `branch` trains on.",
+            "help": "Which features: `frames` for the video branch, `clips` (ImageBind's vectors of the frames) for "
+            "training "
+            "the audio branch, `sound` (ImageBind's vectors of the files' own sound). By default what `branch` "
+            "trains on.",
             "choices": list(KINDS),
         },
     )

@@ -1,8 +1,8 @@
 """Checkpoints that are either complete or not there: how `trainer.VideoLlamaTrainer` writes, finds and deletes them.
 
-A checkpoint is written into a hidden folder, `.checkpoint-12.partial`, and renamed to `checkpoint-12` once all of it is on
-the disk. Its last file, `complete.json`, lists the others with their sizes and digests, so that one that was damaged later
-is recognised as well. What a killed process leaves is a hidden folder, which the next start removes.
+A checkpoint is written into a hidden folder, `.checkpoint-12.partial`, and renamed to `checkpoint-12` once all of it
+is on the disk. Its last file, `complete.json`, lists the others with their sizes and digests, so that one that was
+damaged later is recognised as well. What a killed process leaves is a hidden folder, which the next start removes.
 """
 
 import hashlib
@@ -36,8 +36,8 @@ def start_checkpoint(checkpoint: Path) -> Path:
 
 def finish_checkpoint(checkpoint: Path) -> None:
     """
-    Turns what was written into [`partial_folder`] into the checkpoint: everything is forced to the disk first, so that even
-    after a power failure the folder of this name is complete. A damaged checkpoint of this name is replaced.
+    Turns what was written into [`partial_folder`] into the checkpoint: everything is forced to the disk first, so that
+    even after a power failure the folder of this name is complete. A damaged checkpoint of this name is replaced.
     """
     partial = partial_folder(checkpoint)
     files = sorted(path for path in partial.rglob("*") if path.is_file())
@@ -72,8 +72,8 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 def find_last_checkpoint(output_dir: Path) -> Path | None:
     """
-    The newest complete checkpoint of a folder, or `None` if there is none. Damaged ones are passed over with a warning that
-    says what is wrong with them.
+    The newest complete checkpoint of a folder, or `None` if there is none. Damaged ones are passed over with a warning
+    that says what is wrong with them.
     """
     for checkpoint in reversed(list_checkpoints(output_dir)):
         damage = find_damage(checkpoint)

@@ -1,13 +1,15 @@
-"""The feature cache: what the frozen encoders make of a data set's media, computed once and read in place of the media.
+"""The feature cache: what the frozen encoders make of a data set's media, computed once and read in place of the
+media.
 
 The encoders are never trained, so that without augmentation every epoch computes the same features again. The command
-`cache_features` has `feature_cache_writer` write them; [`FeatureCache`], here, gives them to `samples`. A cache is a folder:
+`cache_features` has `feature_cache_writer` write them; [`FeatureCache`], here, gives them to `samples`. A cache is a
+folder:
 
-    meta.json              what it was made with: encoders (a fingerprint of their weights), sampling, processor settings
+    meta.json              what it was made with: encoders (a fingerprint of their weights), sampling, settings
     plan.jsonl             which media belong to which shard, one shard a line
     shard-00000.safetensors    "frames" (rows, num_query_tokens, width), "clips" (rows, projection_dim), "sound" (rows,
-                               projection_dim), whichever kinds were asked for, and "timestamps" (rows): the frames of the
-                               shard's media one after the other
+                               projection_dim), whichever kinds were asked for, and "timestamps" (rows): the frames of
+                               the shard's media one after the other
     shard-00000.jsonl          its media in that order, with their numbers of rows, or with what is wrong with the file
     unreadable.txt         the media that could not be read, and why
 """
@@ -44,7 +46,8 @@ ENCODERS = {
 }
 # What decides about the pixels of frames and images
 _PICTURE_SETTINGS = (
-    "size", "resample", "do_resize", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb"
+    "size", "resample", "do_resize", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
+    "do_convert_rgb",
 )  # fmt: skip
 # What decides about the log-mel clips
 _SOUND_SETTINGS = (
@@ -155,7 +158,8 @@ def encoder_settings(
         sampling (`str`): Which ones, `"uniform"` or `"headtail"`.
 
     Returns:
-        `dict[str, Any]`: what JSON can hold: `"sampling"`, `"num_frames"`, and a dictionary for each part of the processor.
+        `dict[str, Any]`: what JSON can hold: `"sampling"`, `"num_frames"`, and a dictionary for each part of the
+        processor.
     """
 
     def chosen(part: Any, names: Sequence[str]) -> dict[str, Any]:
@@ -178,8 +182,9 @@ def refuse_differences(directory: Path, made_with: dict[str, Any], asked: dict[s
 
     Args:
         directory (`Path`): The cache, for the message.
-        made_with, asked (`dict[str, Any]`): Settings by their names; dictionaries among them are compared entry by entry.
-            What is not asked for may be anything.
+        made_with, asked (`dict[str, Any]`):
+            Settings by their names; dictionaries among them are compared entry by entry. What is not asked for may be
+            anything.
         advice (`str`): What to do about differences, for the end of the message.
 
     Raises:
@@ -205,7 +210,8 @@ def refuse_differences(directory: Path, made_with: dict[str, Any], asked: dict[s
 
 class FeatureCache:
     """
-    The features of a cache, read from its shards when they are asked for. Data loader workers and threads may share one.
+    The features of a cache, read from its shards when they are asked for. Data loader workers and threads may share
+    one.
 
     Args:
         directory (`str` or `os.PathLike`): What [`cache_features`] wrote. If the media were moved since, set
@@ -241,7 +247,8 @@ class FeatureCache:
                 frame, clip = frame + num_frames, clip + num_clips
         if num_shards < plan_length:
             logger.warning(
-                f"The feature cache {self.directory} is incomplete: {num_shards} of its {plan_length} shards are there. Run"
+                f"The feature cache {self.directory} is incomplete: {num_shards} of its {plan_length} shards are "
+                "there. Run"
                 " the command that made it again, and it does the rest."
             )
         # Arrays, because a dictionary of millions of paths would be copied into every worker. Of a medium that was
@@ -272,13 +279,15 @@ class FeatureCache:
 
         Args:
             path: As in the annotations.
-            kind: `"frames"`: the image Q-Former's output for each frame, `(frames, num_query_tokens, width)`; `"clips"`: the
-                vectors of ImageBind's vision tower for the same frames, `(frames, projection_dim)`; `"sound"`: those of
-                its audio tower for the file's own sound, `(clips, projection_dim)`, no rows if it is silent.
+            kind: `"frames"`: the image Q-Former's output for each frame, `(frames, num_query_tokens, width)`;
+            `"clips"`: the
+                vectors of ImageBind's vision tower for the same frames, `(frames, projection_dim)`; `"sound"`: those
+                of its audio tower for the file's own sound, `(clips, projection_dim)`, no rows if it is silent.
 
         Returns:
-            `{"features": tensor, "timestamps": when the frames are shown, in seconds as the processor rounds them, None for
-            images and sounds, "has_audio": whether the file has a sound, None in a cache without the kind "sound"}`.
+            `{"features": tensor, "timestamps": when the frames are shown, in seconds as the processor rounds them,
+            None for images and sounds, "has_audio": whether the file has a sound, None in a cache without the kind
+            "sound"}`.
 
         Raises:
             MediaError: the medium is not in the cache, could not be read when it was made, or was replaced since.
@@ -302,7 +311,8 @@ class FeatureCache:
             raise MediaError(f"{reason} (found when the feature cache {self.directory} was made)")
         if file_size(path) not in (None, size):
             raise MediaError(
-                f"{os.fspath(path)} has another size than when its features were cached in {self.directory}. Run the command"
+                f"{os.fspath(path)} has another size than when its features were cached in {self.directory}. Run the "
+                "command"
                 " that made the cache again: it encodes replaced files anew."
             )
         file = self._open(shard)
@@ -324,8 +334,8 @@ class FeatureCache:
 
     def check_model(self, model: Model) -> None:
         """
-        Compares the model's encoders with those that made the features. What the model does not hold in memory (encoders
-        left out, offloaded or split among processes) is not compared.
+        Compares the model's encoders with those that made the features. What the model does not hold in memory
+        (encoders left out, offloaded or split among processes) is not compared.
 
         Raises:
             ValueError: they differ.
@@ -336,7 +346,8 @@ class FeatureCache:
                 raise ValueError(
                     f"The {kind} of the feature cache {self.directory} were made by other encoders"
                     f" ({', '.join(ENCODERS[kind])} of {self.meta['model']}) than this model's"
-                    f" ({getattr(model.config, '_name_or_path', '') or 'without a name'}). Make a cache with this model."
+                    f" ({getattr(model.config, '_name_or_path', '') or 'without a name'}). Make a cache with this "
+                    "model."
                 )
 
     def check_processor(self, processor: VideoLlamaProcessor, num_frames: int, sampling: str) -> None:
@@ -360,7 +371,8 @@ class FeatureCache:
                 self._files[shard] = safe_open(path, framework="pt")
             except SafetensorError as error:
                 raise ValueError(
-                    f"{path} is damaged ({error}). Delete it and {path.with_suffix('.jsonl').name}, and run the command that"
+                    f"{path} is damaged ({error}). Delete it and {path.with_suffix('.jsonl').name}, and run the "
+                    "command that"
                     " made the cache again."
                 ) from error
         return self._files[shard]

@@ -1,10 +1,11 @@
-"""Writing a feature cache: [`cache_features`] decodes media in workers, encodes them in batches and writes their shards.
+"""Writing a feature cache: [`cache_features`] decodes media in workers, encodes them in batches and writes their
+shards.
 
 The command `cache_features` calls it. What a cache consists of, and what reads it, is in `feature_cache`.
 
-A shard is computed as a whole, in batches that do not depend on what was computed before, and its index is written last.
-Hence an interrupted run is continued by the same command, any number of processes may share the work, and the features are
-the same bits in every case.
+A shard is computed as a whole, in batches that do not depend on what was computed before, and its index is written
+last. Hence an interrupted run is continued by the same command, any number of processes may share the work, and the
+features are the same bits in every case.
 """
 
 import json
@@ -106,7 +107,9 @@ class _Media(Dataset):
 
 
 class _Batches:
-    """Cuts the frames or clips of many media into batches of one size for an encoder, and keeps what it makes of them."""
+    """
+    Cuts the frames or clips of many media into batches of one size for an encoder, and keeps what it makes of them.
+    """
 
     def __init__(self, encode: Callable[[torch.Tensor], torch.Tensor], batch_size: int):
         self.encode, self.batch_size = encode, batch_size
@@ -144,16 +147,17 @@ def cache_features(
     media_per_shard: int = 512,
 ) -> FeatureCache:
     """
-    Writes the features of media to a cache, or completes it: what complete shards hold is not computed again, unless a file
-    has another size than it had. Started by `torchrun` or `accelerate launch`, every process takes its share of shards.
+    Writes the features of media to a cache, or completes it: what complete shards hold is not computed again, unless a
+    file has another size than it had. Started by `torchrun` or `accelerate launch`, every process takes its share of
+    shards.
 
     Args:
         model (`VideoLlamaForConditionalGeneration` or `VideoLlamaModel`): On its device. The features have its dtype.
         processor (`VideoLlamaProcessor`): Its processor.
         media (`Iterable[tuple[str, str]]`): Paths or addresses, each with `"video"` or `"image"`.
         directory (`str` or `os.PathLike`): Where to, made if need be.
-        kinds (`Sequence[str]`, defaults to `("frames",)`): See [`FeatureCache.get`]. `"clips"` needs ImageBind's vision tower
-            (`model.load_audio_vision_tower()`).
+        kinds (`Sequence[str]`, defaults to `("frames",)`):
+            See [`FeatureCache.get`]. `"clips"` needs ImageBind's vision tower (`model.load_audio_vision_tower()`).
         num_frames (`int`, defaults to 8): Frames of a video.
         sampling (`str`, defaults to `"uniform"`): Which ones: `"uniform"`, or `"headtail"` for one fixed random draw.
         seed (`int`, defaults to 0): Of that draw, together with the medium's name.
@@ -165,7 +169,8 @@ def cache_features(
         `FeatureCache`: the cache.
 
     Raises:
-        ValueError: the folder holds a cache that was made differently, or the model is without an encoder that is needed.
+        ValueError: the folder holds a cache that was made differently, or the model is without an encoder that is
+        needed.
     """
     state = PartialState(timeout=PROCESS_TIMEOUT)
     directory = Path(directory)
@@ -223,7 +228,8 @@ def _plan(
     for kind, fingerprint in encoders.items():
         if fingerprint is None:
             raise ValueError(
-                f"The features of kind {kind} need the model's {', '.join(ENCODERS[kind])} in memory, which this model has"
+                f"The features of kind {kind} need the model's {', '.join(ENCODERS[kind])} in memory, which this "
+                "model has"
                 f" not.{' Load it with `model.load_audio_vision_tower()`.' if kind == 'clips' else ''}"
             )
     asked = {

@@ -59,8 +59,8 @@ class TooManyBadSamplesError(RuntimeError):
 
 def mix_sources(sources: Sequence[Source], seed: int = 0, streaming: bool = False) -> "AnyDataset":
     """
-    Rows of all sources: drawn in proportion to their weights until each row of each source was there, or, without weights,
-    all rows once, one source after the other.
+    Rows of all sources: drawn in proportion to their weights until each row of each source was there, or, without
+    weights, all rows once, one source after the other.
 
     Args:
         sources: all with a weight or none.
@@ -170,17 +170,18 @@ class _Mixture:
 
 class TrainDataset(_Mixture, Dataset):
     """
-    A mixture as a map-style data set: item `i` of an epoch is the same sample whatever is loaded before or beside it. A
-    bad sample is replaced by one drawn at random.
+    A mixture as a map-style data set: item `i` of an epoch is the same sample whatever is loaded before or beside it.
+    A bad sample is replaced by one drawn at random.
 
     Args:
         sources (`Sequence[Source]`): see [`mix_sources`].
         builder ([`SampleBuilder`]): makes samples of rows.
         seed (`int`, defaults to 0): of the mixture and of all samples.
-        max_bad_fraction (`float`, defaults to 0.1): the run stops when a larger share of the rows that were tried cannot
-            be read, at the earliest after [`MIN_SAMPLES_LOOKED_AT`]. Every process of a distributed run counts for itself,
-            with all of its workers and epochs, from its start on; rows in the place of bad ones count as well. The first
-            process past the share stops the run.
+        max_bad_fraction (`float`, defaults to 0.1):
+            the run stops when a larger share of the rows that were tried cannot be read, at the earliest after
+            [`MIN_SAMPLES_LOOKED_AT`]. Every process of a distributed run counts for itself, with all of its workers
+            and epochs, from its start on; rows in the place of bad ones count as well. The first process past the
+            share stops the run.
         log_file (`str`, *optional*): gets a JSON line `{"source", "path", "error", "index", "epoch"}` for each bad
             sample; several processes may share it.
     """
@@ -210,10 +211,11 @@ class TrainIterableDataset(_Mixture, IterableDataset):
     """
     A mixture as a stream, of which no more is in memory than is shuffled.
 
-    Every worker of every process reads a part of its own. Sources without weights come one after the other, and are only
-    mixed by the shuffling of near rows. A bad sample is replaced by the next one. An item has `position`, int64 (4,): the
-    worker, the number of workers, the epoch and how many rows this worker has consumed in it. Give the positions of
-    batches, in the order in which they are trained on, to `update_position`; what `position` then returns lets
+    Every worker of every process reads a part of its own. Sources without weights come one after the other, and are
+    only
+    mixed by the shuffling of near rows. A bad sample is replaced by the next one. An item has `position`, int64 (4,):
+    the worker, the number of workers, the epoch and how many rows this worker has consumed in it. Give the positions
+    of batches, in the order in which they are trained on, to `update_position`; what `position` then returns lets
     `load_position` go on from there exactly, in a new process, without opening the media before it.
 
     Args:
@@ -277,20 +279,24 @@ class TrainIterableDataset(_Mixture, IterableDataset):
         """
         if position is not None and (position["rank"], position["world_size"]) != (self.rank, self.world_size):
             raise ValueError(
-                f"The position in the data was saved by process {position['rank']} of {position['world_size']}, this is"
+                f"The position in the data was saved by process {position['rank']} of {position['world_size']}, this "
+                "is"
                 f" process {self.rank} of {self.world_size}. Resume with as many processes, or start anew."
             )
         self._start = self._position = position
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """The samples; raises [`TooManyBadSamplesError`], and `ValueError` for another number of workers than saved."""
+        """
+        The samples; raises [`TooManyBadSamplesError`], and `ValueError` for another number of workers than saved.
+        """
         info = get_worker_info()
         number, num_workers = (0, 1) if info is None else (info.id, info.num_workers)
         epoch, consumed = int(self._epoch), 0
         if self._start is not None and _reaches(self._start, epoch):
             if self._start["num_workers"] != num_workers:
                 raise ValueError(
-                    f"The position in the data was saved with {self._start['num_workers']} data loader workers (0 count"
+                    f"The position in the data was saved with {self._start['num_workers']} data loader workers (0 "
+                    "count"
                     f" as 1), now there are {num_workers}. Resume with the same `dataloader_num_workers`."
                 )
             # The data loader begins with its worker 0, whoever's turn it was

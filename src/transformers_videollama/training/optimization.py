@@ -25,8 +25,8 @@ def published_learning_rate(
     """
     The published system's learning rate: a straight line up to the peak, then a cosine down to the minimum.
 
-    The cosine is a function of the step counted from the start of the training, not from the end of the warm-up, so that
-    the learning rate drops a little where the warm-up ends.
+    The cosine is a function of the step counted from the start of the training, not from the end of the warm-up, so
+    that the learning rate drops a little where the warm-up ends.
 
     Args:
         step (`int`): Optimiser steps made so far: 0 at the first step.
@@ -83,9 +83,9 @@ def _fraction_of_peak(step: int, learning_rate: float, **kwargs: float) -> float
 
 def get_decay_parameter_names(model: nn.Module) -> list[str]:
     """
-    Names of the parameters that weight decay applies to: as published, all but tensors of fewer than two dimensions and
-    those with `bias`, `ln` or `bn` in their name. Applied to this model's names the rule splits the trainable tensors as
-    it does under the published ones.
+    Names of the parameters that weight decay applies to: as published, all but tensors of fewer than two dimensions
+    and those with `bias`, `ln` or `bn` in their name. Applied to this model's names the rule splits the trainable
+    tensors as it does under the published ones.
     """
     return [
         name

@@ -71,8 +71,8 @@ def find_checkpoint(args: VideoLlamaTrainingArguments) -> str | None:
     """
     The checkpoint to resume from, if any.
 
-    With `--resume_from_checkpoint last` (or `True`) a folder without a complete checkpoint starts from the beginning, so
-    that the same command starts a run and continues it.
+    With `--resume_from_checkpoint last` (or `True`) a folder without a complete checkpoint starts from the beginning,
+    so that the same command starts a run and continues it.
 
     Raises:
         ValueError: if `output_dir` holds files already and the run is not to be resumed.
@@ -110,8 +110,8 @@ def load_model(
         model_args ([`ModelArguments`]): What to load.
         args ([`VideoLlamaTrainingArguments`]): Of which the number format.
         on_frames (`bool`, *optional*, defaults to `True`):
-            Whether the branch will see frames, not features of a cache: for the audio branch these need ImageBind's vision
-            tower.
+            Whether the branch will see frames, not features of a cache: for the audio branch these need ImageBind's
+            vision tower.
     """
     # DeepSpeed shards the model once it is complete: of a sharded one nothing can be cast or loaded. The trainer sets
     # this again
@@ -142,8 +142,8 @@ def load_model(
 @contextmanager
 def _in_float32(parts: Sequence[str]) -> Iterator[None]:
     """
-    Within it `from_pretrained` loads these parts in float32, whatever number format is asked for: weights that are trained
-    would otherwise be rounded before they are made float32 again.
+    Within it `from_pretrained` loads these parts in float32, whatever number format is asked for: weights that are
+    trained would otherwise be rounded before they are made float32 again.
     """
     outside = {"qformer": r"^model\.query_tokens$", "language_model": r"^lm_head\."}  # but of the part
     patterns = [rf"^model\.{part}\." for part in parts] + [outside[part] for part in parts if part in outside]
@@ -185,8 +185,8 @@ def load_data(
     The data sets, mixed by their weights, and the collator.
 
     Raises:
-        ValueError: if the feature cache was made by other encoders or settings; if the data are streamed and `max_steps`
-            does not say when to stop.
+        ValueError: if the feature cache was made by other encoders or settings; if the data are streamed and
+            `max_steps` does not say when to stop.
     """
     builder = _make_builder(data_args, branch, processor, data_args.sampling, data_args.random_resized_crop)
     if data_args.feature_cache is not None:
@@ -217,9 +217,9 @@ def load_eval_data(
     processor: VideoLlamaProcessor,
 ) -> TrainDataset | None:
     """
-    The data sets to evaluate on, or `None` if there are none. Each evaluation, of runs with other seeds as well, sees the
-    same samples in the same order: whole pictures, and frames at equal distances or those of the feature cache, which
-    [`load_data`] has checked.
+    The data sets to evaluate on, or `None` if there are none. Each evaluation, of runs with other seeds as well, sees
+    the same samples in the same order: whole pictures, and frames at equal distances or those of the feature cache,
+    which [`load_data`] has checked.
     """
     if data_args.eval_datasets is None:
         return None

@@ -29,7 +29,9 @@ _MEDIA_TYPES = ("image", "video", "audio")
 
 
 class SampleError(ValueError):
-    """A row cannot be made into a sample, because of its media or its text. `path` is the medium at fault, if one is."""
+    """
+    A row cannot be made into a sample, because of its media or its text. `path` is the medium at fault, if one is.
+    """
 
     def __init__(self, message: str, path: str | None = None):
         super().__init__(message)
@@ -43,8 +45,8 @@ class FeatureCache(Protocol):
         """
         Args:
             path: the medium, as in the row.
-            kind: `"frames"` for the image Q-Former's output (frames, num_query_tokens, width), `"clips"` for ImageBind's
-                vectors of the frames (frames, projection_dim).
+            kind: `"frames"` for the image Q-Former's output (frames, num_query_tokens, width), `"clips"` for
+                ImageBind's vectors of the frames (frames, projection_dim).
 
         Returns:
             `"features"`, such a tensor, and `"timestamps"`, the seconds of the frames to one decimal, or None.
@@ -61,11 +63,12 @@ class SampleBuilder:
     Args:
         processor ([`VideoLlamaProcessor`]): of the model that is trained. Its chat template must mark the assistant's
             words with `{% generation %}` for `text_format="chat"`.
-        branch (`str`, defaults to `"video"`): `"video"`: images and videos are seen, without their sound. `"audio"`: as
-            published, what is to be heard is made of pictures: the frames of images and videos go through ImageBind's
-            vision tower, in a prompt that differs from the video branch's in its placeholders only. In a row with
-            `audio` entries these alone are heard (an image or video file, of which the frames are used, with the words
-            of a sound), and its other media are seen. Sound itself is never read.
+        branch (`str`, defaults to `"video"`):
+            `"video"`: images and videos are seen, without their sound. `"audio"`: as published, what is to be heard is
+            made of pictures: the frames of images and videos go through ImageBind's vision tower, in a prompt that
+            differs from the video branch's in its placeholders only. In a row with `audio` entries these alone are
+            heard (an image or video file, of which the frames are used, with the words of a sound), and its other
+            media are seen. Sound itself is never read.
         text_format (`str`, defaults to `"chat"`): `"caption"`: `[BOS] soft tokens, caption, "\n"`, all of the text is
             learned. `"chat"`: the processor's chat template; learned are the assistant's words and their end mark. An
             image without words is asked for with one of `captions.IMAGE_REQUESTS`.
@@ -125,11 +128,11 @@ class SampleBuilder:
             generator: of all random choices.
 
         Returns:
-            `input_ids` and `labels` (length,) int64, and for each kind of media that is in the row the media in reading
-            order: `pixel_values` (images, 3, height, width), `pixel_values_videos` and `audio_pixel_values_videos`,
-            lists of (frames, 3, height, width). With a feature cache instead: lists `image_frame_features`
-            (num_query_tokens, width), `video_frame_features` (frames, num_query_tokens, width) and
-            `audio_clip_features` (frames, projection_dim). Pixels and features are float32.
+            `input_ids` and `labels` (length,) int64, and for each kind of media that is in the row the media in
+            reading order: `pixel_values` (images, 3, height, width), `pixel_values_videos` and
+            `audio_pixel_values_videos`, lists of (frames, 3, height, width). With a feature cache instead: lists
+            `image_frame_features` (num_query_tokens, width), `video_frame_features` (frames, num_query_tokens, width)
+            and `audio_clip_features` (frames, projection_dim). Pixels and features are float32.
 
         Raises:
             SampleError: a file cannot be used, or the text does not fit; the message names the row.
@@ -193,7 +196,7 @@ class SampleBuilder:
             raise SampleError(f'it has a sound ({path}), which needs `branch="audio"`, not "video".', path)
         return kinds
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------------------
     # Media
 
     def _open(
@@ -249,7 +252,7 @@ class SampleBuilder:
             image = image.crop((left, top, left + width, top + height))
         return self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
 
-    # ------------------------------------------------------------------------------------------------------------------
+    # -----------------------------------------------------------------------------------------------------------------
     # Text
 
     def _caption(self, messages: list[dict[str, Any]], kinds: list[str]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,9 +1,9 @@
 """`VideoLlamaTrainer`: the library's `Trainer` for a branch of Video-LLaMA, with the published optimiser and schedule.
 
-It differs from the library's where only a small part of a large model is trained: the optimizer and the checkpoints hold
-the trained part alone, a checkpoint is complete or not there (`checkpoints.py`), and resuming gives the same losses as not
-having stopped, for streamed data as well. Evaluating changes nothing of the training, and a batch may hold any media or none,
-on every process another.
+It differs from the library's where only a small part of a large model is trained: the optimizer and the checkpoints
+hold the trained part alone, a checkpoint is complete or not there (`checkpoints.py`), and resuming gives the same
+losses as not having stopped, for streamed data as well. Evaluating changes nothing of the training, and a batch may
+hold any media or none, on every process another.
 """
 
 import itertools
@@ -92,7 +92,8 @@ class VideoLlamaTrainer(Trainer):
         others = [name for name in names if not name.startswith(prefixes) and ".lora_" not in name]
         if others:
             raise ValueError(
-                f"{others[0]} and {len(others) - 1} more tensors are trainable, but checkpoints hold {', '.join(PARTS)} and "
+                f"{others[0]} and {len(others) - 1} more tensors are trainable, but checkpoints hold "
+                f"{', '.join(PARTS)} and "
                 "an adapter only: choose what is trained with `model.set_trainable`."
             )
 
@@ -112,10 +113,10 @@ class VideoLlamaTrainer(Trainer):
         """
         What FSDP shards, unless its configuration says so, and in which number formats.
 
-        A shard is put together by all processes at once, so each must run the same units, equally often and in the same
-        order. Media differ: a batch may have images, videos, both or none, and more frames than another. Hence only the
-        decoder's layers are units, and what is trained belongs to the model as a whole, which is put together at its call;
-        the frozen encoders are not sharded.
+        A shard is put together by all processes at once, so each must run the same units, equally often and in the
+        same order. Media differ: a batch may have images, videos, both or none, and more frames than another. Hence
+        only the decoder's layers are units, and what is trained belongs to the model as a whole, which is put together
+        at its call; the frozen encoders are not sharded.
         """
         plugin = self.accelerator.state.fsdp_plugin
         decoder = model.model.language_model
@@ -164,8 +165,8 @@ class VideoLlamaTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """
-        The library's loader for data sets with a length. A stream shares its samples out to processes and workers itself, so
-        it is not wrapped again, which would decode every sample in every process.
+        The library's loader for data sets with a length. A stream shares its samples out to processes and workers
+        itself, so it is not wrapped again, which would decode every sample in every process.
         """
         if not isinstance(self.train_dataset, IterableDataset):
             return super().get_train_dataloader()
@@ -184,8 +185,8 @@ class VideoLlamaTrainer(Trainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """
-        The library's, after which the training goes on as if there had been none: with the same random numbers, of which
-        the data loader draws one, and without its time in the training's throughput.
+        The library's, after which the training goes on as if there had been none: with the same random numbers, of
+        which the data loader draws one, and without its time in the training's throughput.
         """
         start = time.perf_counter()
         # On the CPU alone: on the device only dropout draws, and there is none in evaluation
@@ -242,7 +243,10 @@ class VideoLlamaTrainer(Trainer):
         return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds `samples_per_second` and `tokens_per_second`, over all processes since the last line, to lines with a loss."""
+        """
+        Adds `samples_per_second` and `tokens_per_second`, over all processes since the last line, to lines with a
+        loss.
+        """
         if "loss" in logs:
             logs |= self._throughput.read(self.accelerator)
         super().log(logs, start_time)
@@ -322,7 +326,8 @@ class VideoLlamaTrainer(Trainer):
         path = self._position_file(checkpoint)
         if not path.is_file():
             raise ValueError(
-                f"{checkpoint} has no {path.name}: its run did not stream its data, or in fewer processes. Resume as it ran, "
+                f"{checkpoint} has no {path.name}: its run did not stream its data, or in fewer processes. Resume as "
+                "it ran, "
                 "or read the data from their beginning with `--ignore_data_skip`."
             )
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
@@ -346,8 +351,8 @@ class VideoLlamaTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """
-        By parameter names and with whole tensors, so that a run may be resumed with another sharding. With DeepSpeed its
-        own files, which need as many processes as wrote them.
+        By parameter names and with whole tensors, so that a run may be resumed with another sharding. With DeepSpeed
+        its own files, which need as many processes as wrote them.
         """
         if self.is_deepspeed_enabled:
             self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
@@ -444,8 +449,8 @@ class VideoLlamaTrainer(Trainer):
 
 
 class _Stream(IterableDataset):
-    """The batches of a stream that goes on from a checkpoint, after place-holders for those before it, which the library
-    passes over one by one: it knows no other way to resume."""
+    """The batches of a stream that goes on from a checkpoint, after place-holders for those before it, which the
+    library passes over one by one: it knows no other way to resume."""
 
     def __init__(self, batches: DataLoader, num_batches_done: int) -> None:
         self.batches = batches
@@ -479,7 +484,9 @@ class _Throughput:
 
 
 class _DataEpochCallback(TrainerCallback):
-    """Tells the data which epoch begins, as each draws other frames and crops, and starts the clock of the throughput."""
+    """
+    Tells the data which epoch begins, as each draws other frames and crops, and starts the clock of the throughput.
+    """
 
     def __init__(self, trainer: VideoLlamaTrainer) -> None:
         self.trainer = trainer
@@ -507,7 +514,8 @@ class _ThroughputProgressCallback(ProgressCallback):
 def _enable_checkpointing_in_eval_mode(model: nn.Module) -> None:
     """
     Frozen layers stay in eval mode, in which the library checkpoints nothing, although the gradient passes through the
-    decoder's. This marks the layers themselves as training, but not what they consist of, so that no dropout is applied.
+    decoder's. This marks the layers themselves as training, but not what they consist of, so that no dropout is
+    applied.
     """
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
@@ -547,7 +555,8 @@ def load_adapter_weights(model: Any, folder: str | os.PathLike) -> None:
     missing = [name for name in result.missing_keys if ".lora_" in name]
     if missing or result.unexpected_keys:
         raise ValueError(
-            f"The adapter in {folder} does not fit this model's: {(missing + list(result.unexpected_keys))[0]} differs. "
+            f"The adapter in {folder} does not fit this model's: {(missing + list(result.unexpected_keys))[0]} "
+            "differs. "
             "Use the `lora_…` arguments that it was trained with."
         )
 
@@ -578,9 +587,10 @@ def _trained_parts(model: Any) -> list[str]:
 
 def _let_all_parts_take_part(model: Any) -> None:
     """
-    Has every trained parameter get a gradient at every step, of zero where a batch has no media for its part: without one a
-    text alone could not be trained on, and processes that share gradients would wait for each other for ever. The zero is
-    added to what the decoder reads, so that the gradient passes through the decoder on every process as well.
+    Has every trained parameter get a gradient at every step, of zero where a batch has no media for its part: without
+    one a text alone could not be trained on, and processes that share gradients would wait for each other for ever.
+    The zero is added to what the decoder reads, so that the gradient passes through the decoder on every process as
+    well.
     """
     base = model.model
     parts = [part for name, part in base.named_children() if name != "language_model"]
