@@ -475,8 +475,7 @@ def measure(
             if len(step_clock.times) != NUM_NEW_TOKENS:
                 raise RuntimeError(
                     f"Contender {contender.name} gave {len(step_clock.times)} new tokens and not {NUM_NEW_TOKENS}: "
-                    "the rows "
-                    "would not compare like with like."
+                    "the rows would not compare like with like."
                 )
             steps = [after - before for before, after in itertools.pairwise(step_clock.times)]
             times["decode"][contender.name].append(typical(steps))
@@ -704,8 +703,7 @@ def check_device(args: argparse.Namespace, parser: argparse.ArgumentParser, need
     if needed > free:
         parser.error(
             f"--size {args.size} needs {needed / GIB:.0f} GiB for the weights of what is compared, but "
-            f"{free / GIB:.0f} GiB"
-            f" are free on {args.device}: {advice}."
+            f"{free / GIB:.0f} GiB are free on {args.device}: {advice}."
         )
 
 

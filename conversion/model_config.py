@@ -126,8 +126,7 @@ def choose_family(folders: list[Path], text_config: PreTrainedConfig, training_c
                 return family
     logger.warning(
         "No name tells which prompts this decoder knows, so they are plain ones. If it is one of the published "
-        "decoders, "
-        "state its family with --family: vicuna (BiLLA and Ziya too) or llama_2."
+        "decoders, state its family with --family: vicuna (BiLLA and Ziya too) or llama_2."
     )
     return "plain"
 

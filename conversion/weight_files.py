@@ -149,8 +149,8 @@ class WeightFile:
     def _unmappable(self, error: RuntimeError) -> ConversionError:
         return ConversionError(
             f"{self.path} cannot be mapped ({first_line(error)}). By default Linux refuses that for files larger "
-            "than the "
-            "machine's memory and swap together: give the weights in smaller shards, or set vm.overcommit_memory to 1."
+            "than the machine's memory and swap together: give the weights in smaller shards, or set "
+            "vm.overcommit_memory to 1."
         )
 
 

@@ -262,8 +262,7 @@ def check_widths(plan: Plan, text_config: PreTrainedConfig) -> None:
         if abs(embeddings.shape[0] - text_config.vocab_size) == 1:
             hint = (
                 " Vicuna v0 has one row more than LLaMA and than Vicuna v1.1, for [PAD]: is one of the two v1.1 or "
-                "LLaMA, "
-                "where v0 is needed?"
+                "LLaMA, where v0 is needed?"
             )
         raise ConversionError(
             f"The decoder's config.json says vocab_size {text_config.vocab_size}, but its weights have "

@@ -227,6 +227,21 @@ def test_a_run_falls_back_to_the_checkpoint_before_a_damaged_one(tmp_path: Path)
         assert find_damage(tmp_path / "whole" / f"checkpoint-{step}") is None
 
 
+def test_samples_grouped_by_length_come_in_the_same_order_when_resumed(tmp_path: Path) -> None:
+    settings = {
+        "train_sampling_strategy": "group_by_length",
+        "max_steps": 9,
+        "save_strategy": "steps",
+        "save_steps": 7,
+    }
+    whole = make_trainer(tmp_path / "whole", data=tmp_path, **settings)  # of five steps an epoch
+    whole.train()
+    resumed = make_trainer(tmp_path / "whole", data=tmp_path, **settings)
+    torch.manual_seed(1)
+    resumed.train(resume_from_checkpoint=tmp_path / "whole" / "checkpoint-7")
+    assert losses(resumed) == losses(whole) and len(losses(whole)) == 9
+
+
 def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=1)
     with pytest.raises(ValueError, match="holds no complete checkpoint"):

@@ -128,6 +128,21 @@ def test_other_parts_than_a_branch_train_and_are_saved(tmp_path: Path) -> None:
         assert torch.equal(other.get_parameter(name), parameter), name
 
 
+def test_samples_of_one_length_are_grouped_without_reading_their_media(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "run", num_rows=1000, train_sampling_strategy="group_by_length")
+    sampler = trainer.get_train_dataloader().batch_sampler.sampler
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert trainer.train_dataset._samples.counts.sum() == 0
+    assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == list(range(1000))
+    # The texts are numbers of one to three digits. The library sorts them in ten heaps, each with two borders at most;
+    # of batches drawn at random 95 would be mixed.
+    batches = zip(orders[1][::2], orders[1][1::2], strict=True)
+    assert sum(len(str(first)) != len(str(second)) for first, second in batches) <= 20
+
+
 def test_texts_without_media_train_beside_others(model: VideoLlamaForConditionalGeneration, tmp_path: Path) -> None:
     def train(only_texts: bool, num_rows: int, **settings: Any) -> dict[str, torch.Tensor]:
         trainer = make_trainer(tmp_path / "run", model=model, num_rows=num_rows, max_steps=1, **settings)

@@ -41,8 +41,7 @@ def load_model(
     if not (folder / "config.json").exists():
         raise FileNotFoundError(
             f"There is no trained model in {folder}: train it with `python {Path(__file__).with_name('train.py')}`, "
-            "or "
-            "give another folder as `--model`."
+            "or give another folder as `--model`."
         )
     model = VideoLlamaForConditionalGeneration.from_pretrained(folder, text_model=find_decoder(cache), dtype=dtype)
     return model, VideoLlamaProcessor.from_pretrained(folder)

@@ -173,8 +173,7 @@ class VideoLlamaGenerationMixin(GenerationMixin):
         ):
             raise ValueError(
                 f"transformers {__version__} cannot cut a prompt with media into chunks: leave `prefill_chunk_size` "
-                "out, "
-                "or use a newer release."
+                "out, or use a newer release."
             )
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 

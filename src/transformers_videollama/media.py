@@ -511,8 +511,7 @@ def _decode(
     def unusable(reason: str) -> MediaError:
         return MediaError(
             f"{media.name} is {reason}: frame {queue[0]} of {index.num_frames} (at {queue[0] / index.fps:.1f} s) "
-            "cannot"
-            " be decoded. Repair the file or leave it out."
+            "cannot be decoded. Repair the file or leave it out."
         )
 
     def lost(damage: _Damage) -> Exception:

@@ -437,15 +437,13 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
             ):
                 raise ValueError(
                     f"`input_features` must be of shape (sounds, clips, {clip_shape[0]}, {clip_shape[1]}), but is of "
-                    "shape "
-                    f"{tuple(input_features.shape)}."
+                    f"shape {tuple(input_features.shape)}."
                 )
             return self.audio_tower, input_features, "clips"
         if self.audio_vision_tower is None:
             raise ValueError(
                 "To show frames to the audio branch the model needs ImageBind's vision tower, which is not built, "
-                "because "
-                "only training uses it. Load it with `model.load_audio_vision_tower()`."
+                "because only training uses it. Load it with `model.load_audio_vision_tower()`."
             )
         _check_frames(pixel_values_videos, None, self.config.audio_vision_config)
         return self.audio_vision_tower, pixel_values_videos, "frames"
@@ -622,8 +620,7 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
                 if features.shape[-1] != width:
                     raise ValueError(
                         f"The {modality} input gives soft tokens of width {features.shape[-1]}, but the decoder's is "
-                        f"{width}: "
-                        "were they encoded by another model?"
+                        f"{width}: were they encoded by another model?"
                     )
                 num_features = features.numel() // width
                 if is_tracing():
@@ -1007,8 +1004,7 @@ def _check_features(
     if len(shape) != 2 + len(inner_shape) or shape[2:] != inner_shape or not shape[1]:
         raise ValueError(
             f"`{name}` must be of shape {axes} with the last sizes {inner_shape}, but is of shape {shape}: were they "
-            "made "
-            "by another model?"
+            "made by another model?"
         )
     if padding_mask is not None and tuple(padding_mask.shape) != shape[:2]:
         raise ValueError(

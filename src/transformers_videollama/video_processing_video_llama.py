@@ -231,8 +231,7 @@ class VideoLlamaVideoProcessor(BaseVideoProcessor):
             if size is None:
                 raise ValueError(
                     f"The frames of a video have different shapes: {sorted({tuple(t.shape) for t in tensors})}. Give "
-                    "them"
-                    " one size, or have them resized to a fixed height and width."
+                    "them one size, or have them resized to a fixed height and width."
                 )
             tensors = [self.resize(tensor, size, options["resample"]) for tensor in tensors]
         return torch.stack(tensors)

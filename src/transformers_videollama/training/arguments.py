@@ -52,16 +52,15 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Folder or Hub id of a trained part to start from: for stage 2, the output of stage 1. By "
-            "default the "
-            "model's own weights."
+            "default the model's own weights."
         },
     )
     dtype: str | None = field(
         default=None,
         metadata={
             "help": "Number format of the frozen parts, such as `bfloat16`. By default that of the computation: "
-            "`bfloat16` "
-            "with `--bf16`, `float16` with `--fp16`, otherwise `float32`. What is trained is kept in float32."
+            "`bfloat16` with `--bf16`, `float16` with `--fp16`, otherwise `float32`. What is trained is kept in "
+            "float32."
         },
     )
     attn_implementation: str | None = field(
@@ -118,8 +117,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Data sets to evaluate the loss on, in the form of `datasets`; `eval_strategy` says when, "
-            "`do_eval` for "
-            "once at the end. Whole pictures and frames at equal distances are shown, in a fixed order."
+            "`do_eval` for once at the end. Whole pictures and frames at equal distances are shown, in a fixed order."
         },
     )
     text_format: str = field(
@@ -130,8 +128,7 @@ class DataArguments:
         default="uniform",
         metadata={
             "help": "Which frames of a video are shown: `headtail` draws half from either half of it (published "
-            "stage 1), "
-            "`uniform` takes them at equal distances (stage 2).",
+            "stage 1), `uniform` takes them at equal distances (stage 2).",
             "choices": list(SAMPLINGS),
         },
     )

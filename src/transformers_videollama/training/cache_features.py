@@ -47,9 +47,8 @@ class CacheArguments:
         default_factory=list,
         metadata={
             "help": "Which features: `frames` for the video branch, `clips` (ImageBind's vectors of the frames) for "
-            "training "
-            "the audio branch, `sound` (ImageBind's vectors of the files' own sound). By default what `branch` "
-            "trains on.",
+            "training the audio branch, `sound` (ImageBind's vectors of the files' own sound). By default what "
+            "`branch` trains on.",
             "choices": list(KINDS),
         },
     )

@@ -248,8 +248,7 @@ class FeatureCache:
         if num_shards < plan_length:
             logger.warning(
                 f"The feature cache {self.directory} is incomplete: {num_shards} of its {plan_length} shards are "
-                "there. Run"
-                " the command that made it again, and it does the rest."
+                "there. Run the command that made it again, and it does the rest."
             )
         # Arrays, because a dictionary of millions of paths would be copied into every worker. Of a medium that was
         # encoded again the last entry counts.
@@ -280,9 +279,9 @@ class FeatureCache:
         Args:
             path: As in the annotations.
             kind: `"frames"`: the image Q-Former's output for each frame, `(frames, num_query_tokens, width)`;
-            `"clips"`: the
-                vectors of ImageBind's vision tower for the same frames, `(frames, projection_dim)`; `"sound"`: those
-                of its audio tower for the file's own sound, `(clips, projection_dim)`, no rows if it is silent.
+                `"clips"`: the vectors of ImageBind's vision tower for the same frames, `(frames, projection_dim)`;
+                `"sound"`: those of its audio tower for the file's own sound, `(clips, projection_dim)`, no rows if it
+                is silent.
 
         Returns:
             `{"features": tensor, "timestamps": when the frames are shown, in seconds as the processor rounds them,
@@ -312,8 +311,7 @@ class FeatureCache:
         if file_size(path) not in (None, size):
             raise MediaError(
                 f"{os.fspath(path)} has another size than when its features were cached in {self.directory}. Run the "
-                "command"
-                " that made the cache again: it encodes replaced files anew."
+                "command that made the cache again: it encodes replaced files anew."
             )
         file = self._open(shard)
         first, number = (first_clip, num_clips) if kind == "sound" else (first_frame, num_frames)
@@ -372,8 +370,7 @@ class FeatureCache:
             except SafetensorError as error:
                 raise ValueError(
                     f"{path} is damaged ({error}). Delete it and {path.with_suffix('.jsonl').name}, and run the "
-                    "command that"
-                    " made the cache again."
+                    "command that made the cache again."
                 ) from error
         return self._files[shard]
 

@@ -229,8 +229,7 @@ def _plan(
         if fingerprint is None:
             raise ValueError(
                 f"The features of kind {kind} need the model's {', '.join(ENCODERS[kind])} in memory, which this "
-                "model has"
-                f" not.{' Load it with `model.load_audio_vision_tower()`.' if kind == 'clips' else ''}"
+                f"model has not.{' Load it with `model.load_audio_vision_tower()`.' if kind == 'clips' else ''}"
             )
     asked = {
         "kinds": list(kinds),

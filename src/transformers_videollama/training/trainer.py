@@ -27,6 +27,7 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import ProgressCallback, TrainerCallback, TrainerState
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
@@ -42,6 +43,7 @@ from .checkpoints import (
     rotate_checkpoints,
     start_checkpoint,
 )
+from .mixture import TrainDataset
 from .optimization import get_decay_parameter_names, get_published_schedule
 
 logger = logging.get_logger(__name__)
@@ -93,8 +95,7 @@ class VideoLlamaTrainer(Trainer):
         if others:
             raise ValueError(
                 f"{others[0]} and {len(others) - 1} more tensors are trainable, but checkpoints hold "
-                f"{', '.join(PARTS)} and "
-                "an adapter only: choose what is trained with `model.set_trainable`."
+                f"{', '.join(PARTS)} and an adapter only: choose what is trained with `model.set_trainable`."
             )
 
     # Sharding
@@ -162,6 +163,18 @@ class VideoLlamaTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     # Data
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """
+        The library's. To group samples by length, it would decode all media first, and draw another order when the run
+        is resumed.
+        """
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "group_by_length" and isinstance(dataset, TrainDataset):
+            batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return _LengthGroupedSampler(batch_size, dataset.text_lengths(), seed)
+        return super()._get_train_sampler(train_dataset)
 
     def get_train_dataloader(self) -> DataLoader:
         """
@@ -327,8 +340,7 @@ class VideoLlamaTrainer(Trainer):
         if not path.is_file():
             raise ValueError(
                 f"{checkpoint} has no {path.name}: its run did not stream its data, or in fewer processes. Resume as "
-                "it ran, "
-                "or read the data from their beginning with `--ignore_data_skip`."
+                "it ran, or read the data from their beginning with `--ignore_data_skip`."
             )
         state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         self._num_batches_done = state.global_step * self.args.gradient_accumulation_steps
@@ -448,6 +460,22 @@ class VideoLlamaTrainer(Trainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
 
+class _LengthGroupedSampler(LengthGroupedSampler):
+    """The library's, whose order of an epoch depends on the seed and the epoch alone."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
+
+
 class _Stream(IterableDataset):
     """The batches of a stream that goes on from a checkpoint, after place-holders for those before it, which the
     library passes over one by one: it knows no other way to resume."""
@@ -556,8 +584,7 @@ def load_adapter_weights(model: Any, folder: str | os.PathLike) -> None:
     if missing or result.unexpected_keys:
         raise ValueError(
             f"The adapter in {folder} does not fit this model's: {(missing + list(result.unexpected_keys))[0]} "
-            "differs. "
-            "Use the `lora_…` arguments that it was trained with."
+            "differs. Use the `lora_…` arguments that it was trained with."
         )
 
 
