@@ -21,8 +21,8 @@ from transformers_videollama.configuration_video_llama import VideoLlamaConfig
 from transformers_videollama.modeling_video_llama import (
     VideoLlamaForConditionalGeneration,
     VideoLlamaModel,
-    VideoLlamaQFormerModel,
 )
+from transformers_videollama.modeling_video_llama_branches import VideoLlamaQFormerModel
 from transformers_videollama.modeling_video_llama_towers import (
     VideoLlamaAudioModel,
     VideoLlamaAudioVisionModel,
