@@ -87,8 +87,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
                 raise UsageError(f"{path}:{number}: this is no JSON ({error}).") from error
             if not isinstance(row, dict) or not ("messages" in row or isinstance(row.get("question"), str)):
                 raise UsageError(
-                    f'{path}:{number}: a line needs "question", with "video", "image" or "audio", or "messages"; it is '
-                    f"{line.strip():.80}"
+                    f'{path}:{number}: a line needs "question", with "video", "image" or "audio", or "messages"; it '
+                    f"is {line.strip():.80}"
                 )
             rows.append(row)
     if not rows:
