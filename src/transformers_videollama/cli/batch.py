@@ -1,0 +1,230 @@
+"""Answers the questions of a JSON Lines file, thousands of them, and goes on where it stopped.
+
+    videollama batch questions.jsonl answers.jsonl --batch-size 16
+    accelerate launch -m transformers_videollama batch questions.jsonl answers.jsonl    # one process for each GPU
+
+A line of the input has "question" and "video", "image" or "audio" (a path, relative to the input's folder unless
+--media-root is given, or an address), or "messages", a chat. A line of the output is that line with its "index", from
+0, and "answer", or "error" where the item could not be used; lines come in the order in which they are done. Run
+again, the command does what is missing. Exit status 1 if there are errors.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from . import UsageError, make_parser
+from .models import (
+    add_generation_arguments,
+    add_model_arguments,
+    generate_arguments,
+    load_model,
+    positive,
+    processor_arguments,
+)
+
+HELP = "answer the questions of a JSON Lines file"
+KINDS = ("video", "image", "audio")
+BATCHES_SORTED_TOGETHER = 32
+"""So many batches are sorted by length at a time: few have much padding, and the first answers come soon."""
+
+
+def main(argv: list[str]) -> int:
+    parser = make_parser("batch", __doc__)
+    parser.add_argument("input", type=Path, help="JSON Lines file of questions")
+    parser.add_argument("output", type=Path, help="JSON Lines file of answers")
+    parser.add_argument("--media-root", type=Path, help="folder of the media (default: the input's)")
+    parser.add_argument("--batch-size", type=positive, default=8, help="questions at a time (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode ahead (default: %(default)s)")
+    parser.add_argument("--retry-errors", action="store_true", help="try again what could not be used before")
+    add_model_arguments(parser)
+    add_generation_arguments(parser)
+    args = parser.parse_args(argv)
+
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    state = PartialState(cpu=args.device == "cpu")
+    if args.device is None:
+        args.device = str(state.device)
+    rows = read_rows(args.input)
+    if state.is_main_process:
+        cut_unfinished_line(args.output)
+    state.wait_for_everyone()
+    done = read_done(args.output, rows, args.retry_errors)
+    state.wait_for_everyone()  # nobody writes before all have read
+    missing = [index for index in range(len(rows)) if index not in done]
+    own = missing[state.process_index :: state.num_processes]
+    failed = answer_rows(args, rows, own, is_shown=state.is_main_process) if own else 0
+    failed = sum(gather_object([failed])) if state.num_processes > 1 else failed
+    if state.is_main_process:
+        print(
+            f"{len(missing)} of {len(rows)} answered now, {failed} of them with an error: {args.output}",
+            file=sys.stderr,
+        )
+    return 1 if failed else 0
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """
+    The lines of the input.
+
+    Raises:
+        UsageError: naming the line that is not as described above.
+    """
+    rows = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UsageError(f"{path}:{number}: this is no JSON ({error}).") from error
+            if not isinstance(row, dict) or not ("messages" in row or isinstance(row.get("question"), str)):
+                raise UsageError(
+                    f'{path}:{number}: a line needs "question", with "video", "image" or "audio", or "messages"; it '
+                    f"is {line.strip():.80}"
+                )
+            rows.append(row)
+    if not rows:
+        raise UsageError(f"{path} has no lines.")
+    return rows
+
+
+def cut_unfinished_line(path: Path) -> None:
+    """Removes what an interrupted run wrote of its last line."""
+    if path.exists():
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def read_done(path: Path, rows: list[dict[str, Any]], retry_errors: bool) -> set[int]:
+    """
+    The indices of the lines that are in the output.
+
+    Raises:
+        UsageError: if the output is of another input.
+    """
+    done = set()
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            found = json.loads(line)
+            index = found.get("index")
+            if (
+                not isinstance(index, int)
+                or index >= len(rows)
+                or any(found.get(k) != v for k, v in rows[index].items())
+            ):
+                raise UsageError(f"{path} holds answers to other questions: give another file, or delete it.")
+            if "answer" in found or not retry_errors:
+                done.add(index)
+    return done
+
+
+def make_messages(row: dict[str, Any], media_root: Path, system_prompt: str | None) -> list[dict[str, Any]]:
+    """A line of the input as a chat."""
+    if "messages" in row:
+        return row["messages"]
+    content: list[dict[str, Any]] = []
+    for kind in KINDS:
+        if row.get(kind) is not None:
+            name = str(row[kind])
+            is_address = name.lower().startswith(("http://", "https://", "data:"))
+            content.append({"type": kind, "path": name if is_address else str(media_root / name)})
+    system = (
+        [] if system_prompt is None else [{"role": "system", "content": [{"type": "text", "text": system_prompt}]}]
+    )
+    return [*system, {"role": "user", "content": [*content, {"type": "text", "text": row["question"]}]}]
+
+
+def answer_rows(args: argparse.Namespace, rows: list[dict[str, Any]], indices: list[int], is_shown: bool) -> int:
+    """Answers the lines of these indices and writes them to the output; returns how many could not be used."""
+    import torch
+    from torch.utils.data import DataLoader
+    from tqdm import tqdm
+    from transformers import set_seed
+
+    from ..pipeline_video_text_to_text import VideoTextToTextPipeline
+
+    model, processor = load_model(args)
+    pipe = VideoTextToTextPipeline(model=model, processor=processor)
+    media_root = args.media_root or args.input.parent
+    preprocess_options, _, _ = pipe._sanitize_parameters(**processor_arguments(args))
+
+    def prepare(index: int) -> tuple[int, dict[str, Any] | None, str]:
+        from transformers.utils.chat_template_utils import Chat
+
+        try:
+            chat = Chat(make_messages(rows[index], media_root, args.system_prompt))
+            return index, pipe.preprocess(chat, **preprocess_options), ""
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            return index, None, f"{type(error).__name__}: {error}"
+
+    loader = DataLoader(
+        _Prepared(indices, prepare),  # type: ignore[arg-type]
+        batch_sampler=list(batches_by_length(rows, indices, args.batch_size)),
+        collate_fn=list,
+        num_workers=min(args.workers, len(indices)),
+    )
+    set_seed(args.seed)
+    num_failed = 0
+    with tqdm(total=len(indices), unit="question", disable=not is_shown) as bar:
+        for batch in loader:
+            results: dict[int, dict[str, str]] = {index: {"error": error} for index, _, error in batch if error}
+            usable = [(index, inputs) for index, inputs, error in batch if not error]
+            if usable:
+                inputs = pipe._collate([inputs for _, inputs in usable])
+                del inputs["text"]
+                moved = {
+                    name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+                    for name, value in inputs.items()
+                }
+                with torch.inference_mode():
+                    output = model.generate(**moved, **generate_arguments(args))
+                answers = processor.post_process_image_text_to_text(output[:, moved["input_ids"].shape[1] :])
+                for (index, _), answer in zip(usable, answers, strict=True):
+                    results[index] = {"answer": answer}
+            append(args.output, [{"index": index, **rows[index], **results[index]} for index in sorted(results)])
+            num_failed += len(batch) - len(usable)
+            bar.update(len(batch))
+    return num_failed
+
+
+def batches_by_length(rows: list[dict[str, Any]], indices: list[int], batch_size: int) -> Iterator[list[int]]:
+    """Positions among `indices` in batches of prompts of about the same length, the longest of a heap first."""
+    heap = BATCHES_SORTED_TOGETHER * batch_size
+    for start in range(0, len(indices), heap):
+        positions = range(start, min(start + heap, len(indices)))
+        ordered = sorted(positions, key=lambda position: -len(json.dumps(rows[indices[position]])))
+        for first in range(0, len(ordered), batch_size):
+            yield ordered[first : first + batch_size]
+
+
+def append(path: Path, lines: list[dict[str, Any]]) -> None:
+    """Writes lines at the end of a file in one go, so that those of several processes do not mix."""
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        os.write(file, text.encode())
+    finally:
+        os.close(file)
+
+
+class _Prepared:
+    """The model inputs of the lines of some indices, made in the data loader's workers."""
+
+    def __init__(self, indices: list[int], prepare: Any):
+        self.indices = indices
+        self.prepare = prepare
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, position: int) -> Any:
+        return self.prepare(self.indices[position])
