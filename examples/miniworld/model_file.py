@@ -23,6 +23,7 @@ def export_model(folder: Path, output: Path) -> None:
         if not name.startswith(("model.language_model.", "lm_head."))
     }
     model.config.text_model = HUB_ID
+    model.config.text_config._name_or_path = HUB_ID  # not the folder that it was unpacked into
     model.save_pretrained(output, state_dict=weights)
     VideoLlamaProcessor.from_pretrained(folder).save_pretrained(output)
     for copy in output.glob("*.py"):  # of the package's own code, which is beside it
