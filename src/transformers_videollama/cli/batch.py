@@ -167,7 +167,7 @@ def answer_rows(args: argparse.Namespace, rows: list[dict[str, Any]], indices: l
             return index, None, f"{type(error).__name__}: {error}"
 
     loader = DataLoader(
-        _Prepared(indices, prepare),  # type: ignore[arg-type]
+        _Prepared(indices, prepare),
         batch_sampler=list(batches_by_length(rows, indices, args.batch_size)),
         collate_fn=list,
         num_workers=min(args.workers, len(indices)),
