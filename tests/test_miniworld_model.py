@@ -21,17 +21,22 @@ pytestmark = pytest.mark.xdist_group("miniworld_model")  # one worker, which fet
 
 NUM_QUESTIONS = 16  # of a family
 SEED = 11
-# Several times what chance gives; families in which the model is hardly better than chance are left out
+# Well above what chance gives; families in which the model is hardly better than chance are left out
 LEAST_SHARES = {"object": 0.35, "colour": 0.5, "count": 0.65, "motion": 0.25, "hear": 0.3, "when": 0.65}
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    """The share of right answers of each family."""
+def decoder() -> Path:
+    """The decoder's folder, with its own tokenizer."""
     try:
-        find_decoder(CACHE)
+        return find_decoder(CACHE, with_tokenizer=True)
     except OSError as error:
         pytest.skip(f"The decoder cannot be fetched: {error}")
+
+
+@pytest.fixture(scope="module")
+def results(decoder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """The share of right answers of each family."""
     folder = tmp_path_factory.mktemp("evaluation")
     chosen = evaluate.choose_questions(NUM_QUESTIONS, SEED)
     evaluate.render(folder, chosen, SEED, processes=1)
@@ -56,8 +61,7 @@ def test_its_weights_are_one_small_file_without_the_decoder() -> None:
     assert names and not any(name.startswith(("model.language_model.", "lm_head.")) for name in names)
 
 
-def test_text_alone_is_answered_by_the_decoder_alone() -> None:
+def test_text_alone_is_answered_by_the_decoder_alone(decoder: Path) -> None:
     model, processor = load_model(CACHE)
-    decoder = find_decoder(CACHE, with_tokenizer=True)
     assert evaluate.text_is_identical(model, processor, decoder)
     assert next(model.parameters()).dtype == torch.bfloat16

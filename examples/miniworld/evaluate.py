@@ -57,11 +57,27 @@ CONDITIONS: dict[str, tuple[str, ...]] = {
     "muted": SOUND_FAMILIES,
 }
 YES_NO = ("see", "hear_presence", "match")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about the test clip of an index; `clip` and the family identify it."""
+
+    clip: int
+    item: QA
+    num_objects: int
+
+
 # Parts of families that are counted by themselves
-SUBSETS: dict[str, tuple[str, Callable[[QA], bool]]] = {
-    "see, absent": ("see", lambda item: item.canonical == "No."),
-    "hear, a sound": ("hear", lambda item: item.canonical != "Nothing."),
-    "hear_presence, absent": ("hear_presence", lambda item: item.canonical == "No."),
+SUBSETS: dict[str, tuple[str, Callable[[Question], bool]]] = {
+    "see, absent": ("see", lambda question: question.item.canonical == "No."),
+    "hear, a sound": ("hear", lambda question: question.item.canonical != "Nothing."),
+    "hear_presence, absent": ("hear_presence", lambda question: question.item.canonical == "No."),
+    **{
+        f"{family}, {number} shown": (family, lambda question, number=number: question.num_objects == number)
+        for family in ("object", "colour", "motion")
+        for number in (1, 2, 3)
+    },
 }
 TARGETS = {
     "object": 0.95,
@@ -84,14 +100,6 @@ TEXT_QUESTIONS = (
     "What is a drum?", "List the days of the week.", "Which way is north?", "Explain gravity in a sentence.",
     "What does a dog say?", "How many legs has a spider?", "What is Python?",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question about the test clip of an index; `clip` and the family identify it."""
-
-    clip: int
-    item: QA
 
 
 def choose_questions(num_questions: int, seed: int) -> list[Question]:
@@ -117,7 +125,7 @@ def choose_questions(num_questions: int, seed: int) -> list[Question]:
                 if counts[key] < limits[key]:
                     counts[key] += 1
                     bar.update()
-                    chosen.append(Question(index, item))
+                    chosen.append(Question(index, item, len(scene.objects)))
             index += 1
     return chosen
 
@@ -171,7 +179,7 @@ def summarise(
     """
     rows = {name: [question for question in chosen if question.item.family == name] for name in FAMILIES}
     for name, (family, belongs) in SUBSETS.items():
-        rows[name] = [question for question in rows[family] if belongs(question.item)]
+        rows[name] = [question for question in rows[family] if belongs(question)]
     result: dict[str, dict[str, Any]] = {}
     for name, members in rows.items():
         if not members:

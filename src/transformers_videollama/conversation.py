@@ -93,7 +93,7 @@ class Conversation:
         is_media_cached = not self._placeholders.intersection(ids[known:])
         if on_text is not None:
             generate_kwargs["streamer"] = AnswerStreamer(self.processor, on_text)
-        cached_ids, self._cached_ids = self._cached_ids[:known], []  # nothing, if it is interrupted
+        self._cached_ids = []  # nothing is known of the cache if it is interrupted
         input_ids = torch.tensor([ids], device=self.model.device)
         output = self.model.generate(
             input_ids=input_ids,
@@ -104,7 +104,6 @@ class Conversation:
         )
         new_ids = output[0, len(ids) :]
         self._cached_ids = (ids + new_ids.tolist())[: self._cache.get_seq_length()]
-        assert self._cached_ids[: len(cached_ids)] == cached_ids
         answer = str(self.processor.post_process_image_text_to_text(new_ids))
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         return answer

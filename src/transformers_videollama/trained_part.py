@@ -28,6 +28,7 @@ logger = logging.get_logger(__name__)
 WEIGHTS_NAME = "trained_part.safetensors"
 DESCRIPTION_NAME = "trained_part.json"
 BRANCHES = ("video_branch", "audio_branch")
+# Sound is never read in training, and ImageBind's towers must stay in their common space: they are not among these
 PARTS = (*BRANCHES, "vision_tower", "qformer", "language_model")
 
 Model = VideoLlamaForConditionalGeneration | VideoLlamaModel

@@ -1,7 +1,9 @@
 """Asks questions about videos, pictures or sounds, each in a chat of its own, and prints the answers.
 
-videollama ask clip.mp4 "What do you see?" "What do you hear?"
-videollama ask *.mp4 "What happens?" --json
+    videollama ask clip.mp4 "What do you see?" "What do you hear?"
+    videollama ask *.mp4 "What happens?" --json
+
+Without a question it asks what happens.
 """
 
 import argparse

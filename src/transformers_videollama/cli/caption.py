@@ -1,7 +1,9 @@
 """Describes videos, pictures or sounds.
 
-videollama caption clip.mp4
-videollama caption *.mp4 --json
+    videollama caption clip.mp4
+    videollama caption *.mp4 --json
+
+To ask something else, use `videollama ask`.
 """
 
 from . import UsageError, make_parser

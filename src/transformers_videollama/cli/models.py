@@ -39,9 +39,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     bits.add_argument("--load-in-8bit", action="store_true", help="decoder in 8 bits (pip install bitsandbytes)")
 
 
-def add_generation_arguments(parser: argparse.ArgumentParser, max_new_tokens: int = 256) -> None:
+def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("answers")
-    group.add_argument("--max-new-tokens", type=positive, default=max_new_tokens, help="(default: %(default)s)")
+    group.add_argument("--max-new-tokens", type=positive, default=256, help="(default: %(default)s)")
     group.add_argument(
         "--temperature", type=float, default=0.0, help="above 0 answers are drawn at random (default: %(default)s)"
     )
@@ -69,11 +69,13 @@ def load_model(args: argparse.Namespace) -> "tuple[VideoLlamaForConditionalGener
 
     logging.disable_progress_bar()
     name, options = find_model(args.model)
-    if args.revision is not None:
-        options["revision"] = args.revision
-    processor = VideoLlamaProcessor.from_pretrained(name, **_without(options, "text_model"))
+    hub_options = {} if args.revision is None else {"revision": args.revision}
+    processor = VideoLlamaProcessor.from_pretrained(name, **hub_options)
     device = args.device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    options |= {"dtype": "auto" if args.dtype == "auto" else getattr(torch, args.dtype), "device_map": device}
+    options |= hub_options | {
+        "dtype": "auto" if args.dtype == "auto" else getattr(torch, args.dtype),
+        "device_map": device,
+    }
     if args.load_in_4bit or args.load_in_8bit:
         from transformers import BitsAndBytesConfig
 
@@ -125,10 +127,6 @@ def processor_arguments(args: argparse.Namespace) -> dict[str, Any]:
     if args.no_audio:
         options["load_audio_from_video"] = False
     return options
-
-
-def _without(options: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key != name}
 
 
 def positive(text: str) -> int:

@@ -14,11 +14,11 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
+from ..trained_part import PARTS
+
 logger = logging.get_logger(__name__)
 
 BRANCHES = ("video", "audio")
-# Sound is never read in training, and ImageBind's towers must stay in their common space: they are not among these
-TRAINABLE_PARTS = ("video_branch", "audio_branch", "vision_tower", "qformer", "language_model")
 TEXT_FORMATS = ("caption", "chat")
 SAMPLINGS = ("headtail", "uniform")
 DATASET_KEYS = ("format", "annotations", "media_root", "weight")
@@ -45,7 +45,7 @@ class ModelArguments:
         metadata={
             "help": "The parts that are trained, in place of the branch alone: `qformer` comes with its query tokens, "
             "`language_model` with its head.",
-            "choices": list(TRAINABLE_PARTS),
+            "choices": list(PARTS),
         },
     )
     trained_part: str | None = field(
@@ -91,9 +91,9 @@ class ModelArguments:
         elif isinstance(self.trainable, str):
             self.trainable = [self.trainable]
         if not self.trainable:
-            raise ValueError(f"`trainable` is empty: name parts among {', '.join(TRAINABLE_PARTS)}, or leave it out.")
+            raise ValueError(f"`trainable` is empty: name parts among {', '.join(PARTS)}, or leave it out.")
         for part in self.trainable:
-            _check_choice("trainable", part, TRAINABLE_PARTS)
+            _check_choice("trainable", part, PARTS)
         if self.lora_r and "language_model" in self.trainable:
             raise ValueError(
                 "`trainable` has `language_model`, and `lora_r` adds an adapter to it: train the decoder in one of "
