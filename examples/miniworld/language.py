@@ -290,12 +290,26 @@ def _ask_sound(writer: _Writer, scene: Scene) -> None:
 
 
 def conversation(scene: Scene, rng: np.random.Generator, families: Sequence[str], turns: int) -> list[QA]:
-    """Up to `turns` questions of these families about a scene, in random order, of different families if possible."""
-    items = [item for item in questions(scene, rng) if item.family in families]
-    order = rng.permutation(len(items))
+    """Up to `turns` questions of these families about a scene, each time of a family drawn at random.
+
+    Asks for kinds by colour or for colours by kind, never both: the one's words are the other's answers.
+    """
+    given_away = rng.choice(("object", "colour"))
+    left: dict[str, list[QA]] = {}
+    for item in questions(scene, rng):
+        if item.family in families and item.family != given_away:
+            left.setdefault(item.family, []).append(item)
     chosen: list[QA] = []
-    while len(chosen) < min(turns, len(items)):
-        used = {item.family for item in chosen}
-        left = [items[i] for i in order if items[i] not in chosen]
-        chosen.append(next((item for item in left if item.family not in used), left[0]))
+    while left and len(chosen) < turns:
+        family = str(rng.choice(list(left)))
+        chosen.append(left[family].pop(int(rng.integers(len(left[family])))))
+        if not left[family]:
+            del left[family]
     return chosen
+
+
+def description(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """A request to describe what is seen, and the answer: a caption as a sentence."""
+    asked = ("Describe the video.", "Describe what you see.", "What happens in the video?")
+    said = caption(scene, rng)
+    return str(rng.choice(asked)), f"{said[0].upper()}{said[1:]}."

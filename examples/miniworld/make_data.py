@@ -31,13 +31,15 @@ from typing import Any
 import av
 import numpy as np
 from drawing import draw
-from language import QA, SIGHT_FAMILIES, SOUND_FAMILIES, a, caption, conversation
+from language import QA, SIGHT_FAMILIES, SOUND_FAMILIES, a, caption, conversation, description
 from sounds import SAMPLING_RATE, make_sound
 from tqdm import tqdm
 from world import FPS, HELD_OUT_SOUNDS, MOMENTS, SAMPLED_TIMES, SPLITS, Scene, generator, sample_scene
 
 CAPTIONS_PER_CLIP = 2  # which differ in their wording
 CONVERSATIONS_PER_CLIP = 2
+MORE_CONVERSATIONS = 1  # where there are several objects to tell apart
+DESCRIPTION_SHARE = 0.25  # of the video branch's conversations end with a description
 ANNOTATIONS = ("captions", "conversations", "audio-captions", "audio-conversations")
 
 
@@ -121,9 +123,12 @@ def video_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tu
         media = [("video", clip_name(split, index))]
         for _ in range(CAPTIONS_PER_CLIP):
             yield "captions", message_rows(media, [("", caption(scene, rng))])
-        for _ in range(CONVERSATIONS_PER_CLIP):
-            items = conversation(scene, rng, SIGHT_FAMILIES, int(rng.integers(2, 5)))
-            yield "conversations", message_rows(media, _turns(items))
+        several = len(scene.objects) > 1
+        for _ in range(CONVERSATIONS_PER_CLIP + MORE_CONVERSATIONS * several):
+            turns = _turns(conversation(scene, rng, SIGHT_FAMILIES, int(rng.integers(2, 4 + 2 * several))))
+            if rng.random() < DESCRIPTION_SHARE:
+                turns.append(description(scene, rng))
+            yield "conversations", message_rows(media, turns)
 
 
 def audio_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -145,14 +150,14 @@ def audio_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tu
             kind, moment = sound
             media = [("audio", clip_name(split, int(rng.choice(clips[kind, moment]))))]
             pair = replace(scene, sound=kind, moment=moment if kind else None, audio_track=True)
-            count = int(rng.integers(1, 4))
+            count = int(rng.integers(1, 3))
             if number == 0 and rng.random() < 0.5:  # the sound alone
                 items = conversation(replace(pair, objects=(), type="empty"), rng, SOUND_FAMILIES, count)
             else:
                 media.append(("video", clip_name(split, index)))
                 items = conversation(pair, rng, SOUND_FAMILIES, count)
-                # No more about what is seen, which the video branch has learnt already
-                items += conversation(pair, rng, SIGHT_FAMILIES, int(rng.integers(min(count, 4 - count) + 1)))
+                # As much about what is seen: the sound's tokens must not get in the way of the frames'
+                items += conversation(pair, rng, SIGHT_FAMILIES, count)
             yield "audio-conversations", message_rows(media, _turns([items[i] for i in rng.permutation(len(items))]))
 
 
