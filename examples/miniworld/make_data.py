@@ -37,9 +37,9 @@ from tqdm import tqdm
 from world import FPS, HELD_OUT_SOUNDS, MOMENTS, SAMPLED_TIMES, SPLITS, Scene, generator, sample_scene
 
 CAPTIONS_PER_CLIP = 2  # which differ in their wording
-CONVERSATIONS_PER_CLIP = 2
-MORE_CONVERSATIONS = 1  # where there are several objects to tell apart
-DESCRIPTION_SHARE = 0.25  # of the video branch's conversations end with a description
+SOUNDS_PER_CLIP = 2  # conversations of the audio branch
+QUESTIONS_PER_CLIP = 1  # conversations of questions, and of requests to describe it, of the video branch;
+DESCRIPTIONS_PER_CLIP = 1  # twice as many where there are several objects to tell apart
 ANNOTATIONS = ("captions", "conversations", "audio-captions", "audio-conversations")
 
 
@@ -123,12 +123,12 @@ def video_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tu
         media = [("video", clip_name(split, index))]
         for _ in range(CAPTIONS_PER_CLIP):
             yield "captions", message_rows(media, [("", caption(scene, rng))])
-        several = len(scene.objects) > 1
-        for _ in range(CONVERSATIONS_PER_CLIP + MORE_CONVERSATIONS * several):
-            turns = _turns(conversation(scene, rng, SIGHT_FAMILIES, int(rng.integers(2, 4 + 2 * several))))
-            if rng.random() < DESCRIPTION_SHARE:
-                turns.append(description(scene, rng))
-            yield "conversations", message_rows(media, turns)
+        repeats = 2 if len(scene.objects) > 1 else 1
+        for _ in range(DESCRIPTIONS_PER_CLIP * repeats):
+            yield "conversations", message_rows(media, [description(scene, rng)])
+        for _ in range(QUESTIONS_PER_CLIP * repeats):
+            items = conversation(scene, rng, SIGHT_FAMILIES, int(rng.integers(2, 3 + repeats)))
+            yield "conversations", message_rows(media, _turns(items))
 
 
 def audio_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -143,7 +143,7 @@ def audio_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tu
                 yield "audio-captions", message_rows([("audio", clip_name(split, index))], [("", text)])
     for index, scene in enumerate(scenes):
         rng = generator(seed, split, index, "audio language")
-        for number in range(CONVERSATIONS_PER_CLIP):
+        for number in range(SOUNDS_PER_CLIP):
             sound = _draw_sound(scene, clips, rng, split)
             if sound is None:
                 continue
