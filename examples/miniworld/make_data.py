@@ -31,15 +31,13 @@ from typing import Any
 import av
 import numpy as np
 from drawing import draw
-from language import QA, SIGHT_FAMILIES, SOUND_FAMILIES, a, caption, conversation, description
+from language import QA, SIGHT_FAMILIES, SOUND_FAMILIES, a, caption, conversation
 from sounds import SAMPLING_RATE, make_sound
 from tqdm import tqdm
 from world import FPS, HELD_OUT_SOUNDS, MOMENTS, SAMPLED_TIMES, SPLITS, Scene, generator, sample_scene
 
 CAPTIONS_PER_CLIP = 2  # which differ in their wording
-SOUNDS_PER_CLIP = 2  # conversations of the audio branch
-QUESTIONS_PER_CLIP = 1  # conversations of questions, and of requests to describe it, of the video branch;
-DESCRIPTIONS_PER_CLIP = 1  # twice as many where there are several objects to tell apart
+CONVERSATIONS_PER_CLIP = 2
 ANNOTATIONS = ("captions", "conversations", "audio-captions", "audio-conversations")
 
 
@@ -123,11 +121,8 @@ def video_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tu
         media = [("video", clip_name(split, index))]
         for _ in range(CAPTIONS_PER_CLIP):
             yield "captions", message_rows(media, [("", caption(scene, rng))])
-        repeats = 2 if len(scene.objects) > 1 else 1
-        for _ in range(DESCRIPTIONS_PER_CLIP * repeats):
-            yield "conversations", message_rows(media, [description(scene, rng)])
-        for _ in range(QUESTIONS_PER_CLIP * repeats):
-            items = conversation(scene, rng, SIGHT_FAMILIES, int(rng.integers(2, 3 + repeats)))
+        for _ in range(CONVERSATIONS_PER_CLIP):
+            items = conversation(scene, rng, SIGHT_FAMILIES, int(rng.integers(2, 5)))
             yield "conversations", message_rows(media, _turns(items))
 
 
@@ -143,7 +138,7 @@ def audio_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tu
                 yield "audio-captions", message_rows([("audio", clip_name(split, index))], [("", text)])
     for index, scene in enumerate(scenes):
         rng = generator(seed, split, index, "audio language")
-        for number in range(SOUNDS_PER_CLIP):
+        for number in range(CONVERSATIONS_PER_CLIP):
             sound = _draw_sound(scene, clips, rng, split)
             if sound is None:
                 continue
