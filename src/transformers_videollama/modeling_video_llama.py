@@ -11,9 +11,11 @@ instead of sound, through `audio_vision_tower`, because ImageBind puts both into
 """
 
 import copy
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 from transformers.processing_utils import Unpack
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     TransformersKwargs,
@@ -134,7 +138,8 @@ class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
     ) -> "VideoLlamaPreTrainedModel":
         """
         See [`PreTrainedModel.from_pretrained`]. A `quantization_config` that names no modules to skip quantises the
-        decoder alone: the encoders, the branches and the head are kept as they are.
+        decoder alone: the encoders, the branches and the head are kept as they are. The name of an adapter loads the
+        model that it was trained on, with the adapter; `revision` is then the adapter's.
 
         Args:
             text_model (`str` or `os.PathLike`, *optional*):
@@ -147,6 +152,11 @@ class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
         config = given = kwargs.pop("config", None)
         if config is None and pretrained_model_name_or_path is not None:
             hub_options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+            adapter = _read_adapter_config(pretrained_model_name_or_path, **hub_options)
+            if adapter is not None:
+                return cls._from_pretrained_with_adapter(
+                    pretrained_model_name_or_path, adapter, *args, text_model=text_model, **kwargs
+                )
             config = VideoLlamaConfig.from_pretrained(pretrained_model_name_or_path, **hub_options)
         text_model = text_model or getattr(config, "text_model", None)
         if text_model is None or pretrained_model_name_or_path is None:
@@ -159,11 +169,34 @@ class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
         return cls._from_pretrained_with_decoder(pretrained_model_name_or_path, config, text_model, **kwargs)
 
     @classmethod
+    def _from_pretrained_with_adapter(
+        cls, name: str | os.PathLike, adapter: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> "VideoLlamaPreTrainedModel":
+        """Loads the model that an adapter's configuration names, and the adapter onto it."""
+        adapter_options = {option: kwargs[option] for option in _HUB_OPTIONS if option in kwargs}
+        trained_part = cached_file(
+            name, "trained_part.json", _raise_exceptions_for_missing_entries=False, **adapter_options
+        )
+        if trained_part is not None:
+            raise ValueError(
+                f"{name} holds trained branches beside its adapter: load both, with `from_trained_part` and then "
+                "`model.load_adapter`."
+            )
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
+        loaded = cls.from_pretrained(
+            adapter["base_model_name_or_path"], *args, revision=adapter.get("revision"), **kwargs
+        )
+        model: Any = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.load_adapter(name, adapter_kwargs=adapter_options)
+        return loaded
+
+    @classmethod
     def _from_pretrained_with_decoder(
         cls, name: str | os.PathLike, config: VideoLlamaConfig, text_model: str | os.PathLike, **kwargs: Any
     ) -> "VideoLlamaPreTrainedModel":
         """Loads a checkpoint without decoder and the decoder; the options of the Hub are those of the former."""
         hub_options = {option: kwargs.pop(option) for option in _HUB_OPTIONS if option in kwargs}
+        adapter_options = dict(kwargs.pop("adapter_kwargs", None) or {})
         weights = load_file(cached_file(name, SAFE_WEIGHTS_NAME, **hub_options))
         decoder_options = {key: value for key, value in hub_options.items() if key not in ("revision", "subfolder")}
         for path in _safetensors_files(text_model, **decoder_options):
@@ -175,6 +208,9 @@ class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
         model.name_or_path = model.config._name_or_path = os.fspath(name)
         if model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(name, **hub_options)
+        adapter = adapter_options.pop("_adapter_model_path", None)
+        if adapter is not None:  # of which an Auto class was given the name
+            model.load_adapter(adapter, adapter_kwargs=adapter_options)
         return model
 
     @torch.no_grad()
@@ -904,6 +940,14 @@ def _safetensors_files(name: str | os.PathLike, **hub_options: Any) -> list[str]
     if index is None:
         return [cached_file(name, SAFE_WEIGHTS_NAME, **hub_options)]
     return get_checkpoint_shard_files(name, index, **hub_options)[0]
+
+
+def _read_adapter_config(name: str | os.PathLike, **hub_options: Any) -> dict[str, Any] | None:
+    """The configuration of the adapter of this name, or `None` if it is the name of a model."""
+    if cached_file(name, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_options) is not None:
+        return None
+    path = cached_file(name, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_options)
+    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def _skip_media_parts(config: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:
