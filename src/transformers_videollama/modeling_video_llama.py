@@ -58,6 +58,7 @@ from .modeling_video_llama_towers import (
 
 # Arguments of `from_pretrained` that say where and how to fetch a file
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+VLLM_ATTENTION = "vllm"  # what vLLM calls its own in the configuration of the decoder that it builds
 _ENCODERS = ("vision_tower", "qformer", "audio_tower", "audio_vision_tower")
 _PARTS = ("video_branch", "audio_branch", *_ENCODERS, "language_model")
 
@@ -220,6 +221,13 @@ class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
             init.normal_(module.query_tokens, mean=0.0, std=self.config.initializer_range)
 
 
+class VideoLlamaEmbedding(nn.Embedding):
+    """Token embeddings that take ids past the vocabulary, which placeholders have, for that of any other token."""
+
+    def forward(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        return super().forward(input_ids.masked_fill(input_ids >= self.num_embeddings, 0))
+
+
 class VideoLlamaModel(VideoLlamaPreTrainedModel):
     """Video-LLaMA without the language-modelling head: the encoders, the two branches and the decoder."""
 
@@ -252,6 +260,9 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
         if config.audio_vision_config is not None:
             self.audio_vision_tower = VideoLlamaAudioVisionModel._from_config(config.audio_vision_config)
         self.language_model = AutoModel.from_config(config.text_config)
+        if config.text_config._attn_implementation == VLLM_ATTENTION:
+            # vLLM embeds a whole prompt by the decoder's own table before it puts the soft tokens in
+            self.language_model.get_input_embeddings().__class__ = VideoLlamaEmbedding
         self._trainable_parts: tuple[str, ...] = ()
         self.post_init()
 
