@@ -236,7 +236,11 @@ def test_the_plugin_names_what_saved_folders_and_the_package_have(tiny_folder: P
 
 
 def call_as_the_backend(
-    processor: Any, images: list[Any], videos: list[np.ndarray], sounds: list[np.ndarray]
+    processor: Any,
+    images: list[Any],
+    videos: list[np.ndarray],
+    sounds: list[np.ndarray],
+    do_sample_frames: bool = False,
 ) -> BatchFeature:
     """Of a request's media, in a text of placeholders that the backend makes up."""
     placeholders = [processor.audio_token] * len(sounds)
@@ -251,7 +255,7 @@ def call_as_the_backend(
         text=text,
         **{name: items for name, items in media.items() if items},
         return_text_replacement_offsets=True,
-        do_sample_frames=False,
+        do_sample_frames=do_sample_frames,
         truncation=False,
         return_tensors="pt",
     )
@@ -322,6 +326,15 @@ def test_a_medium_is_the_same_alone_and_beside_others(processor, media: dict[str
     for index, sound in enumerate(media["sounds"]):
         alone = call_as_the_backend(processor, [], [], [sound])
         torch.testing.assert_close(alone["input_features"][0], together["input_features"][index])
+
+
+@pytest.mark.parametrize("num_given", [3, 30])
+def test_frames_may_be_left_to_the_processor(processor, num_given: int) -> None:
+    """vLLM samples the frames of long videos itself, and passes all those of short ones."""
+    video = np.random.default_rng(0).integers(0, 256, (num_given, 32, 48, 3), dtype=np.uint8)
+    inputs = call_as_the_backend(processor, [], [video], [], do_sample_frames=True)
+    assert inputs["pixel_values_videos"].shape[:2] == (1, min(num_given, processor.video_processor.num_frames))
+    assert "padding_mask_videos" not in inputs
 
 
 def test_the_backends_way_through_the_model_is_the_models_own(
