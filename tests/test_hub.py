@@ -208,8 +208,9 @@ for token in (None, "hf_other"):
 
 greedy = {"text": "What is shown?", "do_sample": False, "max_new_tokens": 8, "return_tensors": True}
 tokens = {}
-for name, kwargs in {"model": {}, "secret": {"token": "hf_me"}}.items():
+for name, kwargs in {"model": {}, "adapter": {}, "secret": {"token": "hf_me"}}.items():
     pipe = pipeline("video-text-to-text", model=f"me/{name}", device="cpu", **trust, **kwargs)
+    assert any("lora" in key for key in pipe.model.state_dict()) == (name == "adapter")
     tokens[name] = pipe(clip, **greedy)[0]["generated_token_ids"].tolist()
 inferred = type(pipeline(model="me/model", device="cpu", **trust)).__name__
 assert not [name for name in sys.modules if name.partition(".")[0] == "transformers_videollama"]

@@ -183,10 +183,14 @@ class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
                 f"{name} holds trained branches beside its adapter: load both, with `from_trained_part` and then "
                 "`model.load_adapter`."
             )
+        base_model = adapter.get("base_model_name_or_path")
+        if not base_model:
+            raise ValueError(
+                f"{name} does not name the model that its adapter is for: load that model, and the adapter by "
+                f"`model.load_adapter({os.fspath(name)!r})`."
+            )
         kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
-        loaded = cls.from_pretrained(
-            adapter["base_model_name_or_path"], *args, revision=adapter.get("revision"), **kwargs
-        )
+        loaded = cls.from_pretrained(base_model, *args, revision=adapter.get("revision"), **kwargs)
         model: Any = loaded[0] if isinstance(loaded, tuple) else loaded
         model.load_adapter(name, adapter_kwargs=adapter_options)
         return loaded
