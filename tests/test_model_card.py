@@ -65,6 +65,16 @@ def test_an_unknown_decoder_keeps_its_own_licence() -> None:
     assert "a llama model" in card.text
 
 
+def test_the_card_of_an_adapter_says_how_to_load_it() -> None:
+    card = make_model_card(VideoLlamaConfig(), "me/adapter", base_model="me/base", adapter=True)
+    assert (card.data.base_model, card.data.base_model_relation) == ("me/base", "adapter")
+    assert "A LoRA adapter of the decoder" in card.text and "pip install transformers_videollama peft" in card.text
+    assert card.text.count('AutoModelForImageTextToText.from_pretrained("me/adapter"') == 2
+    both = make_model_card(VideoLlamaConfig(), "me/run", trained_parts=["video_branch"], adapter=True)
+    assert "The video branch and a LoRA adapter of the decoder alone" in both.text
+    assert 'model = from_trained_part("me/run")\nmodel.load_adapter("me/run")\n' in both.text
+
+
 UPLOAD = """
 import json, sys, torch
 sys.path.insert(0, sys.argv[1])
@@ -92,23 +102,23 @@ print(json.dumps({"same": same}))
 def test_uploads_bring_a_card_where_there_is_none(tmp_path: Path) -> None:
     with LocalHub() as hub:
         own_card = b"---\nlicense: mit\n---\n# My own card\n"
-        hub.repositories["me/with-card"] = {"README.md": own_card}
-        environment = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_local"}
+        hub.create("me/with-card", {"README.md": own_card})
+        environment = {**hub.environment, "HF_TOKEN": "hf_me"}
         result = run(UPLOAD, Path(__file__).parent, tmp_path / "saved", tmp_path=tmp_path, package=True, **environment)
     assert result["same"]
     for repo_id in ("me/model", "me/saved"):
-        files = hub.repositories[repo_id]
+        files = hub.files(repo_id)
         assert {"config.json", "model.safetensors", "modeling_video_llama.py", "README.md"} <= set(files)
         card = ModelCard(files["README.md"].decode())
         assert card.data.pipeline_tag == "video-text-to-text"
         assert "CC-BY-NC 4.0" in card.text and f'model="{repo_id}"' in card.text
-    assert "mine" in ModelCard(hub.repositories["me/model"]["README.md"].decode()).data.tags
-    assert b"# My own card" in hub.repositories["me/with-card"]["README.md"]
+    assert "mine" in ModelCard(hub.files("me/model")["README.md"].decode()).data.tags
+    assert b"# My own card" in hub.files("me/with-card")["README.md"]
 
-    part = hub.repositories["me/part"]
+    part = hub.files("me/part")
     assert set(part) == {"README.md", "trained_part.json", "trained_part.safetensors"}
     assert json.loads(part["trained_part.json"])["base_model"] == "me/model"
     card = ModelCard(part["README.md"].decode())
     assert card.data.base_model == "me/model"
     assert "The video branch alone" in card.text and 'from_trained_part("me/part")' in card.text
-    assert [message for repo_id, message in hub.commits if repo_id == "me/part"] == ["Upload trained part", "Again"]
+    assert hub.titles("me/part") == ["Again", "Upload trained part", "initial commit"]

@@ -51,8 +51,8 @@ torch.set_num_threads(1)
 """
 
 
-def run(code: str, *args: Any, tmp_path: Path, package: bool = False, **environment: str) -> dict[str, Any]:
-    """What a new process with an empty home and cache, and without the package, prints last: JSON."""
+def start(code: str, *args: Any, tmp_path: Path, package: bool = False, **environment: str) -> "subprocess.Popen[str]":
+    """A new process with an empty home and cache, and without the package, that runs the code."""
     path = os.pathsep.join([str(SOURCE.parent)]) if package else ""
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))},
@@ -63,12 +63,24 @@ def run(code: str, *args: Any, tmp_path: Path, package: bool = False, **environm
         **({"HF_HUB_OFFLINE": "1"} if "HF_ENDPOINT" not in environment else {}),
         **environment,
     }
+    tmp_path.mkdir(exist_ok=True)
     script = ("" if package else WITHOUT_PACKAGE) + textwrap.dedent(code)
-    result = subprocess.run(
-        [sys.executable, "-c", script, *map(str, args)], capture_output=True, text=True, env=environment, cwd=tmp_path
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
     )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return json.loads(result.stdout.splitlines()[-1]) if result.stdout.strip() else {}
+
+
+def run(code: str, *args: Any, tmp_path: Path, package: bool = False, **environment: str) -> Any:
+    """What such a process prints last: JSON."""
+    process = start(code, *args, tmp_path=tmp_path, package=package, **environment)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors[-4000:]
+    return json.loads(output.splitlines()[-1]) if output.strip() else {}
 
 
 USE = """
@@ -270,13 +282,10 @@ def test_a_repository_works_without_the_package(tiny_folder: Path, tmp_path: Pat
     """As a folder does, by the library's other way of loading code. What is saved again does not refer to it."""
     with LocalHub() as hub:
         files = {path.name: path.read_bytes() for path in tiny_folder.iterdir() if path.is_file()}
-        hub.repositories["me/tiny"] = files
+        card = transformers_videollama.make_model_card(AutoConfig.from_pretrained(tiny_folder), "me/tiny")
+        hub.create("me/tiny", {**files, "README.md": str(card).encode()})
         saved_to = tmp_path / "saved"
-        clip = SYNTH / "clip.mp4"
-        # The task comes from the repository's metadata, which this Hub has not
-        code = USE.replace(
-            "inferred = type(pipeline(model=folder", "inferred = type(pipeline('video-text-to-text', model=folder"
-        )
-        result = run(code, "me/tiny", clip, saved_to, tmp_path=tmp_path, HF_ENDPOINT=hub.endpoint)
+        result = run(USE, "me/tiny", SYNTH / "clip.mp4", saved_to, tmp_path=tmp_path, **hub.environment)
+    assert result["inferred"] == "VideoTextToTextPipeline"
     assert result["tokens"] == result["other_tokens"]
     check_self_contained(saved_to)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_model import tiny_config
 from transformers import LlamaConfig
@@ -120,6 +121,23 @@ def test_a_model_that_was_never_saved_has_no_base(tmp_path: Path) -> None:
     save_trained_part(make_model(0), tmp_path)
     with pytest.raises(ValueError, match="does not name the model with its frozen parts"):
         from_trained_part(tmp_path)
+
+
+def test_an_adapter_loads_with_its_model_but_not_without_the_part_beside_it(tmp_path: Path) -> None:
+    make_model(0).save_pretrained(tmp_path / "base")
+    model = VideoLlamaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "run")
+    assert "lora" in str(VideoLlamaForConditionalGeneration.from_pretrained(tmp_path / "run").state_dict().keys())
+    config = tmp_path / "run" / "adapter_config.json"
+    named = config.read_text()
+    config.write_text(json.dumps({**json.loads(named), "base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="run does not name the model that its adapter is for"):
+        VideoLlamaForConditionalGeneration.from_pretrained(tmp_path / "run")
+    config.write_text(named)
+    save_trained_part(make_model(1), tmp_path / "run", parts=["video_branch"])
+    with pytest.raises(ValueError, match=r"run holds trained branches beside its adapter: .* `from_trained_part`"):
+        VideoLlamaForConditionalGeneration.from_pretrained(tmp_path / "run")
 
 
 def test_it_takes_the_models_dtype(tmp_path: Path) -> None:

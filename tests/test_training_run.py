@@ -13,6 +13,7 @@ import yaml
 from local_hub import LocalHub
 from media_files import write_media
 from safetensors.torch import load_file
+from test_remote_code import SOURCE
 
 from transformers_videollama import (
     VideoLlamaForConditionalGeneration,
@@ -345,14 +346,16 @@ main(sys.argv[1:])
 def test_what_was_trained_is_pushed(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     with LocalHub() as hub:
         flags = arguments(
-            2, tiny_folder, data, tmp_path / "run", max_steps=1, push_to_hub=True, hub_model_id="me/trained"
+            2, tiny_folder, data, tmp_path / "run", max_steps=1, lora_r=2, push_to_hub=True, hub_model_id="me/trained"
         )
-        environment = {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": "hf_x", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"}
-        environment |= {"HF_HOME": str(tmp_path / "home")}
+        environment = {**hub.environment, "HF_TOKEN": "hf_me", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"}
+        environment |= {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(SOURCE.parent)}
         subprocess.run([sys.executable, "-c", PUSH, *flags], check=True, env=environment, timeout=300)
-        files = hub.repositories["me/trained"]
+        files = hub.files("me/trained")
     assert {"trained_part.safetensors", "trained_part.json", "README.md", "processor_config.json"} <= set(files)
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= set(files)
     assert not any(name.startswith(("checkpoint", "model")) for name in files if name.endswith("safetensors"))
+    assert b'from_trained_part("me/trained")\nmodel.load_adapter("me/trained")' in files["README.md"]
     assert files["trained_part.safetensors"] == (tmp_path / "run" / "trained_part.safetensors").read_bytes()
 
 

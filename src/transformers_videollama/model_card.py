@@ -8,9 +8,9 @@ none.
 import os
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.utils import PushToHubMixin
+from transformers.utils import PushToHubMixin, logging
 
 from .configuration_video_llama import PUBLISHED_DECODERS, VideoLlamaConfig
 
@@ -37,7 +37,7 @@ configuration.
 ## Use
 
 ```bash
-pip install transformers_videollama
+pip install {packages}
 ```
 
 ```python
@@ -83,6 +83,22 @@ from transformers_videollama import from_trained_part
 
 model = from_trained_part("{repo_id}")"""
 
+_ADAPTER_USAGE = """\
+import transformers_videollama
+from transformers import AutoModelForImageTextToText
+
+model = AutoModelForImageTextToText.from_pretrained("{repo_id}")  # its model, and the adapter on it"""
+
+_REMOTE = "\nWithout the package, `{call}trust_remote_code=True)` does it too.\n"
+
+# What the library writes into a repository without a card
+_LIBRARY_DESCRIPTION = (
+    "This is the model card of a 🤗 transformers model that has been pushed on the Hub. "
+    "This model card has been automatically generated."
+)
+
+logger = logging.get_logger(__name__)
+
 
 def make_model_card(
     config: VideoLlamaConfig,
@@ -90,16 +106,20 @@ def make_model_card(
     trained_parts: list[str] | None = None,
     base_model: str | None = None,
     tags: list[str] | None = None,
+    adapter: bool = False,
 ) -> ModelCard:
     """
-    The card of a model, or of its trained part.
+    The card of a model, of its trained part, or of an adapter.
 
     Args:
         config (`VideoLlamaConfig`): The model's configuration.
         repo_id (`str`, *optional*): Where it can be loaded from, for the example.
         trained_parts (`list[str]`, *optional*): For the card of a trained part: `"video_branch"`, `"audio_branch"`.
-        base_model (`str`, *optional*): The model that it was trained from, or that the trained part belongs to.
+        base_model (`str`, *optional*):
+            The model that it was trained from, or that the trained part or the adapter belongs to.
         tags (`list[str]`, *optional*): Further tags.
+        adapter (`bool`, *optional*, defaults to `False`):
+            For the card of a LoRA adapter of the decoder, alone or beside the trained part.
 
     Returns:
         `huggingface_hub.ModelCard`: with its metadata; `card.save(path)` writes it.
@@ -112,6 +132,7 @@ def make_model_card(
         pipeline_tag="video-text-to-text",
         license=licenses[0] if len(licenses) == 1 else licenses,
         base_model=base_model,
+        base_model_relation="adapter" if adapter and base_model is not None else None,
         tags=list(dict.fromkeys([config.model_type, ARXIV_TAG, *(tags or [])])),
     )
     parts = [
@@ -127,15 +148,23 @@ def make_model_card(
         ]
     if config.audio_vision_config is not None:
         parts.append(("Vision tower, to train the audio branch", "ImageBind-Huge", "CC-BY-NC 4.0"))
-    names = " and ".join(part.replace("_", " ") for part in trained_parts or [])
-    call = f'pipeline("video-text-to-text", model="{repo_id}", trust_remote_code=True)'
-    remote = f"\nWithout the package, `{call}` does it too.\n"
+    names = [part.replace("_", " ") for part in trained_parts or []]
+    if names:
+        names += ["a LoRA adapter of the decoder"] if adapter else []
+        kind, remote = f"The {' and '.join(names)} alone, without the frozen parts, of a ", None
+        usage = _PART_USAGE + ('\nmodel.load_adapter("{repo_id}")' if adapter else "")
+    elif adapter:
+        kind = "A LoRA adapter of the decoder, without the model that it is for, of a "
+        usage, remote = _ADAPTER_USAGE, 'AutoModelForImageTextToText.from_pretrained("{repo_id}", '
+    else:
+        kind, usage, remote = "", _MODEL_USAGE, 'pipeline("video-text-to-text", model="{repo_id}", '
     text = _TEXT.format(
         title=repo_id.rpartition("/")[2],
-        kind=f"The {names} alone, without the frozen parts, of a " if trained_parts else "",
+        kind=kind,
         abilities=f"answers questions about videos and images{' and what is heard in them' if has_audio else ''}",
-        usage=(_PART_USAGE if trained_parts else _MODEL_USAGE).format(repo_id=repo_id),
-        remote="" if trained_parts else remote,
+        packages="transformers_videollama" + (" peft" if adapter else ""),
+        usage=usage.format(repo_id=repo_id),
+        remote=_REMOTE.format(call=remote.format(repo_id=repo_id)) if remote else "",
         parts=_table(("part", "from", "licence"), parts),
         non_commercial="\nImageBind's weights are CC-BY-NC 4.0: a model that hears is for non-commercial use.\n"
         if has_audio
@@ -190,19 +219,42 @@ def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
 
 
 class VideoLlamaModelCardMixin(PushToHubMixin):
-    """Gives a model that is pushed to a repository without a card the card made from its configuration."""
+    """
+    Gives a model, or its adapter, that is pushed to a repository without a card of its own the card made from its
+    configuration.
+    """
 
     config: VideoLlamaConfig
 
-    def _upload_modified_files(
-        self, working_dir: str | os.PathLike, repo_id: str, *args: Any, token: bool | str | None = None, **kwargs: Any
-    ) -> Any:
-        # The library's last step of every upload, where the folder already holds the card that it would write.
-        if not HfApi().file_exists(repo_id, "README.md", token=token):
-            path = os.path.join(working_dir, "README.md")
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        # The library's last step of every upload. The folder holds the repository's card by then, or the one that the
+        # library writes where there is none, which an earlier push of the processor may have left as well.
+        path = os.path.join(working_dir, "README.md")
+        if not os.path.exists(path) or _is_librarys(ModelCard.load(path)):
             tags = ModelCard.load(path).data.tags if os.path.exists(path) else None
-            make_model_card(self.config, repo_id, tags=tags).save(path)
-        return super()._upload_modified_files(working_dir, repo_id, *args, token=token, **kwargs)
+            adapter = getattr(self, "_hf_peft_config_loaded", False)
+            base_model = _name_base_model(self, repo_id) if adapter else None
+            make_model_card(self.config, repo_id, base_model=base_model, tags=tags, adapter=adapter).save(path)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+
+def _is_librarys(card: ModelCard) -> bool:
+    """Whether a card is as the library wrote it, and nobody has added to it."""
+    untouched = ModelCard.from_template(ModelCardData(), model_description=_LIBRARY_DESCRIPTION)
+    return card.text.split() == untouched.text.split()
+
+
+def _name_base_model(model: Any, repo_id: str) -> str | None:
+    """The model that the active adapter says it is for, if others can have it."""
+    name = model.active_adapters()[0]
+    base_model = model.peft_config[name].base_model_name_or_path
+    if base_model and not os.path.isdir(base_model):
+        return base_model
+    logger.warning(
+        f"{repo_id} names {base_model or 'nothing'} as the model that its adapter is for, which others do not have: "
+        f"name one on the Hub as `model.peft_config[{name!r}].base_model_name_or_path` and push again."
+    )
+    return None
 
 
 __all__ = ["VideoLlamaModelCardMixin", "describe_decoder", "make_model_card"]

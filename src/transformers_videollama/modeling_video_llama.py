@@ -11,9 +11,11 @@ instead of sound, through `audio_vision_tower`, because ImageBind puts both into
 """
 
 import copy
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPo
 from transformers.processing_utils import Unpack
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
     TransformersKwargs,
@@ -54,6 +58,7 @@ from .modeling_video_llama_towers import (
 
 # Arguments of `from_pretrained` that say where and how to fetch a file
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+VLLM_ATTENTION = "vllm"  # what vLLM calls its own in the configuration of the decoder that it builds
 _ENCODERS = ("vision_tower", "qformer", "audio_tower", "audio_vision_tower")
 _PARTS = ("video_branch", "audio_branch", *_ENCODERS, "language_model")
 
@@ -134,7 +139,8 @@ class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
     ) -> "VideoLlamaPreTrainedModel":
         """
         See [`PreTrainedModel.from_pretrained`]. A `quantization_config` that names no modules to skip quantises the
-        decoder alone: the encoders, the branches and the head are kept as they are.
+        decoder alone: the encoders, the branches and the head are kept as they are. The name of an adapter loads the
+        model that it was trained on, with the adapter; `revision` is then the adapter's.
 
         Args:
             text_model (`str` or `os.PathLike`, *optional*):
@@ -147,6 +153,11 @@ class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
         config = given = kwargs.pop("config", None)
         if config is None and pretrained_model_name_or_path is not None:
             hub_options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+            adapter = _read_adapter_config(pretrained_model_name_or_path, **hub_options)
+            if adapter is not None:
+                return cls._from_pretrained_with_adapter(
+                    pretrained_model_name_or_path, adapter, *args, text_model=text_model, **kwargs
+                )
             config = VideoLlamaConfig.from_pretrained(pretrained_model_name_or_path, **hub_options)
         text_model = text_model or getattr(config, "text_model", None)
         if text_model is None or pretrained_model_name_or_path is None:
@@ -159,11 +170,38 @@ class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
         return cls._from_pretrained_with_decoder(pretrained_model_name_or_path, config, text_model, **kwargs)
 
     @classmethod
+    def _from_pretrained_with_adapter(
+        cls, name: str | os.PathLike, adapter: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> "VideoLlamaPreTrainedModel":
+        """Loads the model that an adapter's configuration names, and the adapter onto it."""
+        adapter_options = {option: kwargs[option] for option in _HUB_OPTIONS if option in kwargs}
+        trained_part = cached_file(
+            name, "trained_part.json", _raise_exceptions_for_missing_entries=False, **adapter_options
+        )
+        if trained_part is not None:
+            raise ValueError(
+                f"{name} holds trained branches beside its adapter: load both, with `from_trained_part` and then "
+                "`model.load_adapter`."
+            )
+        base_model = adapter.get("base_model_name_or_path")
+        if not base_model:
+            raise ValueError(
+                f"{name} does not name the model that its adapter is for: load that model, and the adapter by "
+                f"`model.load_adapter({os.fspath(name)!r})`."
+            )
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("revision", "subfolder")}
+        loaded = cls.from_pretrained(base_model, *args, revision=adapter.get("revision"), **kwargs)
+        model: Any = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.load_adapter(name, adapter_kwargs=adapter_options)
+        return loaded
+
+    @classmethod
     def _from_pretrained_with_decoder(
         cls, name: str | os.PathLike, config: VideoLlamaConfig, text_model: str | os.PathLike, **kwargs: Any
     ) -> "VideoLlamaPreTrainedModel":
         """Loads a checkpoint without decoder and the decoder; the options of the Hub are those of the former."""
         hub_options = {option: kwargs.pop(option) for option in _HUB_OPTIONS if option in kwargs}
+        adapter_options = dict(kwargs.pop("adapter_kwargs", None) or {})
         weights = load_file(cached_file(name, SAFE_WEIGHTS_NAME, **hub_options))
         decoder_options = {key: value for key, value in hub_options.items() if key not in ("revision", "subfolder")}
         for path in _safetensors_files(text_model, **decoder_options):
@@ -175,6 +213,9 @@ class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
         model.name_or_path = model.config._name_or_path = os.fspath(name)
         if model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(name, **hub_options)
+        adapter = adapter_options.pop("_adapter_model_path", None)
+        if adapter is not None:  # of which an Auto class was given the name
+            model.load_adapter(adapter, adapter_kwargs=adapter_options)
         return model
 
     @torch.no_grad()
@@ -182,6 +223,13 @@ class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, (VideoLlamaBranch, VideoLlamaModel)):
             init.normal_(module.query_tokens, mean=0.0, std=self.config.initializer_range)
+
+
+class VideoLlamaEmbedding(nn.Embedding):
+    """Token embeddings that take ids past the vocabulary, which placeholders have, for that of any other token."""
+
+    def forward(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        return super().forward(input_ids.masked_fill(input_ids >= self.num_embeddings, 0))
 
 
 class VideoLlamaModel(VideoLlamaPreTrainedModel):
@@ -216,6 +264,9 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
         if config.audio_vision_config is not None:
             self.audio_vision_tower = VideoLlamaAudioVisionModel._from_config(config.audio_vision_config)
         self.language_model = AutoModel.from_config(config.text_config)
+        if config.text_config._attn_implementation == VLLM_ATTENTION:
+            # vLLM embeds a whole prompt by the decoder's own table before it puts the soft tokens in
+            self.language_model.get_input_embeddings().__class__ = VideoLlamaEmbedding
         self._trainable_parts: tuple[str, ...] = ()
         self.post_init()
 
@@ -904,6 +955,14 @@ def _safetensors_files(name: str | os.PathLike, **hub_options: Any) -> list[str]
     if index is None:
         return [cached_file(name, SAFE_WEIGHTS_NAME, **hub_options)]
     return get_checkpoint_shard_files(name, index, **hub_options)[0]
+
+
+def _read_adapter_config(name: str | os.PathLike, **hub_options: Any) -> dict[str, Any] | None:
+    """The configuration of the adapter of this name, or `None` if it is the name of a model."""
+    if cached_file(name, CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_options) is not None:
+        return None
+    path = cached_file(name, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_options)
+    return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def _skip_media_parts(config: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:

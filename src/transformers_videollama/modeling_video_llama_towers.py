@@ -69,15 +69,9 @@ class VideoLlamaAudioAttention(CLIPAttention):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch_size, sequence_length, _ = hidden_states.shape
-        bias_k = self.bias_k.expand(batch_size, -1, -1)
-        bias_v = self.bias_v.expand(batch_size, -1, -1)
         queries = self.q_proj(hidden_states).view(batch_size, sequence_length, -1, self.head_dim)
-        keys = torch.cat([self.k_proj(hidden_states), bias_k], dim=1).view(
-            batch_size, -1, self.num_heads, self.head_dim
-        )
-        values = torch.cat([self.v_proj(hidden_states), bias_v], dim=1).view(
-            batch_size, -1, self.num_heads, self.head_dim
-        )
+        keys = self._project_and_append(hidden_states, self.k_proj, self.bias_k)
+        values = self._project_and_append(hidden_states, self.v_proj, self.bias_v)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -93,6 +87,15 @@ class VideoLlamaAudioAttention(CLIPAttention):
         )
         attn_output = attn_output.reshape(batch_size, sequence_length, -1).contiguous()
         return self.out_proj(attn_output), attn_weights
+
+    def _project_and_append(
+        self, hidden_states: torch.Tensor, projection: nn.Linear, learned: torch.Tensor
+    ) -> torch.Tensor:
+        """Keys or values, the learned one last: `(batch_size, sequence_length + 1, num_heads, head_dim)`."""
+        # Not in `forward`, whose projections vLLM merges and shares out over GPUs by heads, but not the learned ones
+        batch_size = hidden_states.shape[0]
+        projected = torch.cat([projection(hidden_states), learned.expand(batch_size, -1, -1)], dim=1)
+        return projected.view(batch_size, -1, self.num_heads, self.head_dim)
 
 
 class VideoLlamaAudioEncoderLayer(CLIPEncoderLayer):

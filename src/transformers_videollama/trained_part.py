@@ -18,6 +18,7 @@ from huggingface_hub import CommitInfo, HfApi
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import ProcessorMixin
 from transformers.utils import cached_file, logging
 
 from .model_card import describe_decoder, make_model_card
@@ -195,6 +196,7 @@ def push_trained_part_to_hub(
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
+    processor: ProcessorMixin | None = None,
 ) -> CommitInfo:
     """
     Uploads the trained parts of a model in one commit, with a model card if the repository has none.
@@ -203,9 +205,12 @@ def push_trained_part_to_hub(
         model, parts, base_model, base_revision: As for [`save_trained_part`].
         repo_id (`str`): The repository, made if need be.
         commit_message, private, token, revision, create_pr: As for the library's `push_to_hub`.
+        processor (`ProcessorMixin`, *optional*): Uploaded with them, for `AutoProcessor.from_pretrained(repo_id)`.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None and not create_pr and not revision.startswith("refs/pr/"):
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         save_trained_part(model, directory, parts, base_model, base_revision)
         description = _read_description(directory)
@@ -216,11 +221,11 @@ def push_trained_part_to_hub(
                 "have: name one on the Hub as `base_model=…`."
             )
             base_model = None
-        if not api.file_exists(repo_id, "README.md"):
+        if processor is not None:
+            processor.save_pretrained(directory)
+        if not api.file_exists(repo_id, "README.md", revision=revision):
             card = make_model_card(model.config, repo_id, trained_parts=description["parts"], base_model=base_model)
             card.save(Path(directory) / "README.md")
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
         return api.upload_folder(
             repo_id=repo_id,
             folder_path=directory,

@@ -448,6 +448,7 @@ class VideoLlamaTrainer(Trainer):
             self.hub_model_id or Path(self.args.output_dir).name,
             trained_parts=_trained_parts(model),
             base_model=None if os.path.isdir(base_model) else base_model or None,
+            adapter=has_adapter(model),
         )
         card.save(path)
 
