@@ -18,14 +18,15 @@ from media_files import tone, write_media
 from PIL import Image
 
 from transformers_videollama import VideoLlamaForConditionalGeneration, VideoLlamaProcessor
+from transformers_videollama.chat_templates import CHAT_TEMPLATES
 
 SYNTH = Path(__file__).parent / "reference" / "synth"
 
 
 def make_readable(source: Path, target: Path) -> Path:
     """
-    A copy of the tiny model that answers in small letters and blanks, and ends no answer by itself. Its own tokens are
-    bytes, which seldom make text.
+    A copy of the tiny model with the published prompt, which answers in small letters and blanks, and ends no answer
+    by itself. Its own tokens are bytes, which seldom make text.
     """
     shutil.copytree(source, target)
     tokenizer = json.loads((target / "tokenizer.json").read_text())
@@ -33,6 +34,7 @@ def make_readable(source: Path, target: Path) -> Path:
     for code in range(0x20, 0x7F):
         vocab[chr(code).replace(" ", "▁")] = vocab.pop(f"<0x{code:02X}>")
     (target / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (target / "chat_template.jinja").write_text(CHAT_TEMPLATES["vicuna"])
     generation = json.loads((target / "generation_config.json").read_text())
     letters = {vocab[letter] for letter in "▁" + string.ascii_lowercase}
     generation["suppress_tokens"] = [token for token in range(270) if token not in letters]

@@ -164,8 +164,10 @@ def test_circles_of_redirects_end(host: MediaHost, tmp_path: Path) -> None:
 
 def test_nobody_waits_any_longer(host: MediaHost, tmp_path: Path) -> None:
     rules = FetchRules(max_bytes=10**9, max_seconds=60, allow_private_addresses=True)
-    with pytest.raises(Cancelled):
-        Fetcher(rules, tmp_path, is_cancelled=lambda: True).fetch(f"{host.url}/endless")
+    host.hold()
+    for path in ("/endless", "/drip", "/held/clip.mp4"):
+        with pytest.raises(Cancelled):
+            Fetcher(rules, tmp_path, is_cancelled=lambda: True).fetch(host.url + path)
 
 
 @pytest.mark.parametrize("url", ["data:video/mp4;base64,AAA", "data:video/mp4"])

@@ -72,6 +72,12 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-file-mb", type=positive, default=100, help="megabytes of the largest file (default: %(default)s)"
     )
     group.add_argument(
+        "--max-body-mb",
+        type=positive,
+        default=50,
+        help="megabytes of a request, with the files that are in it (default: %(default)s)",
+    )
+    group.add_argument(
         "--max-media-seconds", type=positive, default=600, help="longest video or sound (default: %(default)s)"
     )
     group.add_argument("--max-files", type=positive, default=8, help="files of a request (default: %(default)s)")
@@ -124,7 +130,7 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
         preparation,
         batcher,
         max_queue=args.max_queue,
-        max_body_bytes=args.max_file_mb * _MEGABYTE * 4 // 3 + _MEGABYTE,  # a file in base64, and the words
+        max_body_bytes=args.max_body_mb * _MEGABYTE,
         max_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,

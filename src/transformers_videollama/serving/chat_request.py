@@ -163,6 +163,10 @@ def _read_part(part: Any, where: str) -> dict[str, Any]:
     if kind == "text":
         if not isinstance(part.get("text"), str):
             raise _wrong(where, f"`{where}.text`", "a string", part.get("text"))
+        if any("\ud800" <= character <= "\udfff" for character in part["text"]):  # which tokenizers cannot read
+            raise RequestError(
+                400, f"`{where}.text` has half of a character, a surrogate without another.", param=where
+            )
         return {"type": "text", "text": part["text"]}
     if kind in tuple(_MEDIA):
         source = part.get(kind)

@@ -25,6 +25,7 @@ from .errors import RequestError
 MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _CHUNK_BYTES = 2**18
+_WATCH_SECONDS = 0.2
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")
 TOO_LARGE = "media_too_large"
@@ -60,7 +61,7 @@ class Fetcher:
     Args:
         rules ([`FetchRules`]): What may be fetched.
         folder (`Path`): Where files are put.
-        is_cancelled (`Callable[[], bool]`, *optional*): Is asked while bytes come.
+        is_cancelled (`Callable[[], bool]`, *optional*): Is asked again and again meanwhile.
     """
 
     def __init__(self, rules: FetchRules, folder: Path, is_cancelled: Callable[[], bool] = lambda: False):
@@ -136,8 +137,7 @@ class Fetcher:
                     self._save(response, path, url)
                     return path
             except (OSError, ValueError, http.client.HTTPException) as error:
-                if time.monotonic() >= self._end:
-                    raise self._too_slow(url) from error
+                self._check_time(url)
                 raise _failed(url, getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
         raise _failed(url, f"it redirects more than {MAX_REDIRECTS} times")
 
@@ -155,10 +155,8 @@ class Fetcher:
         if is_https:
             context = ssl.create_default_context()
             sock = context.wrap_socket(sock, server_hostname=parts.hostname, do_handshake_on_connect=False)
-        # Timeouts of a socket begin anew with each byte
-        timer = threading.Timer(self._end - time.monotonic() + 0.01, _hang_up, [sock])
-        timer.daemon = True
-        timer.start()
+        is_done = threading.Event()
+        threading.Thread(target=self._watch, args=(sock, is_done), daemon=True).start()
         kind = http.client.HTTPSConnection if is_https else http.client.HTTPConnection
         connection = kind(parts.hostname, port)
         connection.sock = sock
@@ -169,8 +167,16 @@ class Fetcher:
             with connection.getresponse() as response:
                 yield response
         finally:
-            timer.cancel()
+            is_done.set()
             connection.close()
+
+    def _watch(self, sock: socket.socket, is_done: threading.Event) -> None:
+        """Ends a connection when the time does or nobody waits; a socket's own timeout begins anew with each byte."""
+        while not is_done.wait(_WATCH_SECONDS):
+            if self.is_cancelled() or time.monotonic() >= self._end:
+                with contextlib.suppress(OSError):  # it has ended already
+                    # An SSL socket's own method would take its state from the thread that reads it
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def _connect(self, host: str, port: int) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -201,13 +207,9 @@ class Fetcher:
             while chunk := response.read1(_CHUNK_BYTES):
                 received += len(chunk)
                 self._check_size(received, url)
-                if self.is_cancelled():
-                    raise Cancelled
-                if time.monotonic() >= self._end:
-                    raise self._too_slow(url)
+                self._check_time(url)
                 file.write(chunk)
-        if time.monotonic() >= self._end:  # the connection was ended
-            raise self._too_slow(url)
+        self._check_time(url)
         if expected is not None and received < expected:
             raise _failed(url, f"the connection ended after {received} of {expected} bytes")
 
@@ -217,8 +219,11 @@ class Fetcher:
                 413, f"{url:.200} is larger than the {self.rules.max_bytes} bytes of the largest file.", code=TOO_LARGE
             )
 
-    def _too_slow(self, url: str) -> RequestError:
-        return _failed(url, f"it takes more than the {self.rules.max_seconds:g} seconds for the files of a request")
+    def _check_time(self, url: str) -> None:
+        if self.is_cancelled():
+            raise Cancelled
+        if time.monotonic() >= self._end:
+            raise _failed(url, f"it takes more than the {self.rules.max_seconds:g} seconds for the files of a request")
 
 
 def is_public(address: str) -> bool:
@@ -239,11 +244,6 @@ def is_public(address: str) -> bool:
         if ip.sixtofour is not None or ip.teredo is not None or ip not in _GLOBAL_IPV6:
             return False
     return ip.is_global and not (ip.is_multicast or ip.is_reserved)
-
-
-def _hang_up(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # it has ended already
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # an SSL socket's own would take its state from who reads it
 
 
 def _request_target(parts: SplitResult) -> str:

@@ -1,7 +1,6 @@
 """From a request to the model's inputs: fetches and decodes media and writes the prompt, in a few threads."""
 
 import copy
-import logging
 import tempfile
 import threading
 from collections.abc import Callable
@@ -18,8 +17,6 @@ from .chat_request import ChatRequest
 from .errors import RequestError
 from .fetching import Fetcher, FetchRules
 from .media_limits import check_media
-
-logger = logging.getLogger(__name__)
 
 
 class Preparation:
@@ -77,7 +74,7 @@ class Preparation:
 
         Args:
             request ([`ChatRequest`]): The request.
-            is_cancelled (`Callable[[], bool]`): Is asked while bytes come.
+            is_cancelled (`Callable[[], bool]`): Is asked again and again meanwhile.
 
         Returns:
             `dict[str, torch.Tensor]`: the model's inputs, on the CPU, as a batch of one prompt.
@@ -117,7 +114,6 @@ class Preparation:
                     **self.processor_kwargs,
                 )
             except (MediaError, TemplateError, ValueError) as error:
-                logger.info("refused: %s", error)
                 message = str(error)
                 for path, name in names.items():
                     message = message.replace(path, name)
