@@ -5,6 +5,7 @@ import contextlib
 import itertools
 import json
 import shutil
+import ssl
 import string
 import threading
 import time
@@ -20,7 +21,10 @@ from PIL import Image
 from transformers_videollama import VideoLlamaForConditionalGeneration, VideoLlamaProcessor
 from transformers_videollama.chat_templates import CHAT_TEMPLATES
 
-SYNTH = Path(__file__).parent / "reference" / "synth"
+REFERENCE_FILES = Path(__file__).parent / "reference"
+SYNTH = REFERENCE_FILES / "synth"
+CERTIFICATE = REFERENCE_FILES / "localhost.pem"
+"""Of a host named localhost, with its key; signed by itself."""
 
 
 def make_readable(source: Path, target: Path) -> Path:
@@ -80,17 +84,23 @@ def data_url(path: Path, kind: str) -> str:
 
 class MediaHost:
     """
-    A host at a loopback address with the files of a folder. `/held/NAME` waits for `release()`; `/redirect?to=URL`
-    goes elsewhere; `/endless` does not end; `/drip` is slow, as is the header of `/slow-header`; `/cut` ends early.
+    A host at a loopback address, or one named localhost with TLS, that has the files of a folder. `/held/NAME` waits
+    for `release()`; `/redirect?to=URL` goes elsewhere; `/endless` does not end; `/drip` is slow, as is the header of
+    `/slow-header`; `/cut` ends early.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, has_tls: bool = False):
         self.folder = folder
         self.requests: list[str] = []
         self._is_released = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_for(self))
         self.port = self._server.server_port
         self.url = f"http://127.0.0.1:{self.port}"
+        if has_tls:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(CERTIFICATE)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+            self.url = f"https://localhost:{self.port}"
 
     def __enter__(self) -> "MediaHost":
         threading.Thread(target=self._server.serve_forever, daemon=True).start()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serve_parts import MediaHost, data_url, write_files
+from serve_parts import CERTIFICATE, MediaHost, data_url, write_files
 
 from transformers_videollama.serving import fetching
 from transformers_videollama.serving.errors import RequestError
@@ -102,6 +102,18 @@ def test_a_file_is_fetched_whole(host: MediaHost, files: Path, tmp_path: Path) -
     ):
         path = fetch(url)
         assert path.parent == tmp_path and path.suffix == ".mp4" and path.read_bytes() == wanted
+
+
+def test_https(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with MediaHost(files, has_tls=True) as host:
+        allowed = fetcher(tmp_path, allow_private_addresses=True)
+        assert "certificate" in str(refusal(allowed, f"{host.url}/clip.mp4")).lower()
+        monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
+        assert allowed.fetch(f"{host.url}/clip.mp4").read_bytes() == (files / "clip.mp4").read_bytes()
+        another_name = f"https://127.0.0.1:{host.port}/clip.mp4"
+        assert "certificate" in str(refusal(allowed, another_name)).lower()
+        slow = fetcher(tmp_path, 0.5, allow_private_addresses=True)
+        assert "takes more than the 0.5 seconds" in str(refusal(slow, f"{host.url}/drip"))
 
 
 @pytest.fixture
