@@ -13,7 +13,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "mi
 
 import make_data
 from drawing import NUM_FRAMES, RGB, VIEW, draw, sprite
-from language import CHOICES, FAMILIES, SIGHT_FAMILIES, SOUND_FAMILIES, caption, conversation, normalise, questions
+from language import (
+    CHOICES,
+    FAMILIES,
+    SIGHT_FAMILIES,
+    SOUND_FAMILIES,
+    caption,
+    conversation,
+    description,
+    normalise,
+    questions,
+)
 from pictures import MIN_DISTANCE, draw_picture
 from sounds import NUM_SAMPLES, SAMPLING_RATE, kind_sound, make_sound
 from world import (
@@ -129,9 +139,11 @@ def test_each_question_has_its_answer_among_the_choices(scenes):
         for item in questions(scene, rng):
             answers[item.family][item.canonical] += 1
             assert item.canonical in item.options and set(item.options) <= set(CHOICES[item.family])
-            assert item.short == (item.answer == item.canonical) == ("full sentence" not in item.question)
+            assert item.short == (item.answer == item.canonical) == ("briefly" in item.question)
         turns = conversation(scene, rng, SIGHT_FAMILIES, 4)
-        assert len(turns) == len(set(turns)) <= 4 and not {item.family for item in turns} & set(SOUND_FAMILIES)
+        families = {item.family for item in turns}
+        assert len(turns) == len(set(turns)) <= 4 and not families & set(SOUND_FAMILIES)
+        assert not {"object", "colour"} <= families  # the one's words are the other's answers
     assert set(answers) == set(FAMILIES)
     for family in set(FAMILIES) - {"event"}:  # of which the new colours are many and rare
         assert set(answers[family]) == set(CHOICES[family])
@@ -145,6 +157,26 @@ def test_caption_says_what_is_seen_and_never_what_is_heard(scenes):
         assert [word for word in words if word in KINDS] == list(scene.kinds)
         assert set(words) >= {thing.colour for thing in scene.objects}
         assert len(words) <= 24
+
+
+def test_description_is_a_caption_as_a_sentence(scenes):
+    for index, scene in enumerate(scenes["train"]):
+        _, said = description(scene, generator(0, "train", index, "description"))
+        words = said.removesuffix(".").replace(",", "").split()
+        assert said[0].isupper() and said.endswith(".")
+        assert [word for word in words if word in KINDS] == list(scene.kinds)
+
+
+def test_conversations_say_more_where_there_is_more_to_tell_apart(scenes):
+    train = scenes["train"]
+    rows = [row["messages"] for name, row in make_data.video_annotations(train, "train", 0) if name == "conversations"]
+    clips = Counter(messages[0]["content"][0]["path"] for messages in rows)
+    assert {clips[make_data.clip_name("train", i)] - 2 * len(scene.objects[1:2]) for i, scene in enumerate(train)} == {
+        2
+    }
+    requests = {"Describe the video.", "Describe what you see.", "What happens in the video?"}
+    descriptions = [messages for messages in rows if messages[0]["content"][-1]["text"] in requests]
+    assert len(descriptions) == len(rows) / 2 and {len(messages) for messages in descriptions} == {2}
 
 
 @pytest.mark.parametrize("answer", ["A bell.", "a bell", "  The Bell!", "bell"])

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from world import COLOURS, DIRECTIONS, KINDS, SIZES, Object, Scene
 
-_FULL_SENTENCE = "Answer in a full sentence."
-_FULL_SENTENCE_SHARE = 0.15
+_BRIEFLY = "Answer briefly."
+_BRIEFLY_SHARE = 0.15
+_ORDINALS = ("first", "second", "last")
 _NUMBERS = ("None", "One", "Two", "Three")
 _MOTION_ANSWERS = {
     **{direction: f"{direction.capitalize()}." for direction in DIRECTIONS},
@@ -70,7 +71,8 @@ class QA:
     """A question and its answer.
 
     Args:
-        canonical: the short answer, one of `CHOICES[family]`; `answer` says the same where `short` is False.
+        canonical: the short answer, one of `CHOICES[family]`; where `short` is False, `answer` is a sentence that
+            names what is asked about before it says the same.
         options: the answers that the question leaves open, out of `CHOICES[family]`: chance is one over their number.
     """
 
@@ -99,11 +101,27 @@ def _verb(thing: Object) -> str:
     return _EVENT_VERBS[thing.event] if thing.event else _MOTION_VERBS[thing.motion]
 
 
+def _clause(scene: Scene, thing: Object) -> str:
+    """What is to be said about one thing, by its kind."""
+    size = f"{thing.size} and " if thing.size and len(scene.objects) < 3 else ""
+    told = f"the {thing.kind} is {size}{thing.colour} and "
+    if scene.type != "order":
+        return told + _verb(thing)
+    place = scene.objects.index(thing)
+    ordinal = _ORDINALS[-1 if place == len(scene.objects) - 1 else place]
+    return f"{told}{f'{_MOTION_VERBS[thing.motion]} and ' if thing.motion else ''}appears {ordinal}"
+
+
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """One line about what is seen (never about what is heard), without a full stop. `rng` chooses the wording."""
+    """
+    One line about what is seen (never about what is heard), without a full stop. `rng` chooses the wording: colours
+    before kinds, or kinds before colours, so that each is learnt to be told by the other.
+    """
     things = scene.objects
     if not things:
         return str(rng.choice(("an empty scene", "nothing")))
+    if rng.random() < 0.5:
+        return ", ".join(_clause(scene, thing) for thing in things)
     if scene.type == "order":
         parts = [a(_name(thing, with_size=len(things) < 3)) for thing in things]
         tails = [f" moving {thing.motion}" if thing.motion else "" for thing in things]
@@ -135,12 +153,11 @@ class _Writer:
         options: Iterable[str] | None = None,
     ) -> None:
         question = str(self.rng.choice(questions))
-        short = bool(self.rng.random() >= _FULL_SENTENCE_SHARE)
         options = CHOICES[family] if options is None else tuple(options)
-        if short:
-            self.items.append(QA(family, question, canonical, canonical, True, options))
+        if self.rng.random() < _BRIEFLY_SHARE:
+            self.items.append(QA(family, f"{question} {_BRIEFLY}", canonical, canonical, True, options))
         else:
-            self.items.append(QA(family, f"{question} {_FULL_SENTENCE}", sentence, canonical, False, options))
+            self.items.append(QA(family, question, sentence, canonical, False, options))
 
 
 def questions(scene: Scene, rng: np.random.Generator) -> list[QA]:
@@ -155,7 +172,7 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[QA]:
         if thing.event != "changes":
             asked = (f"What is the {thing.colour} object?", f"Which object is {thing.colour}?")
             writer.ask(
-                "object", asked, f"{a(thing.kind).capitalize()}.", f"The {thing.colour} object is {a(thing.kind)}."
+                "object", asked, f"{a(thing.kind).capitalize()}.", f"It is {a(f'{thing.colour} {thing.kind}')}."
             )
     for thing in things:
         _ask_colour(writer, thing)
@@ -179,12 +196,12 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[QA]:
         if thing.motion:
             _ask_motion(writer, thing)
     if scene.type == "order":
-        first, last = things[0].kind, things[-1].kind
+        first, last = things[0], things[-1]
         order = [f"The {kind}." for kind in scene.kinds]
         asked = ("What appears first?", "Which object comes first?", "What do you see first?")
-        writer.ask("order", asked, f"The {first}.", f"The {first} appears first.", order)
+        writer.ask("order", asked, f"The {first.kind}.", f"First {a(_name(first, False))} appears.", order)
         asked = ("What appears last?", "Which object comes last?", "What do you see last?")
-        writer.ask("order", asked, f"The {last}.", f"The {last} appears last.", order)
+        writer.ask("order", asked, f"The {last.kind}.", f"Last {a(_name(last, False))} appears.", order)
     elif scene.type == "event":
         (thing,) = things
         asked = (f"What happens to the {thing.kind}?", f"What does the {thing.kind} do?", "What happens?")
@@ -290,12 +307,26 @@ def _ask_sound(writer: _Writer, scene: Scene) -> None:
 
 
 def conversation(scene: Scene, rng: np.random.Generator, families: Sequence[str], turns: int) -> list[QA]:
-    """Up to `turns` questions of these families about a scene, in random order, of different families if possible."""
-    items = [item for item in questions(scene, rng) if item.family in families]
-    order = rng.permutation(len(items))
+    """Up to `turns` questions of these families about a scene, each time of a family drawn at random.
+
+    Asks for kinds by colour or for colours by kind, never both: the one's words are the other's answers.
+    """
+    given_away = rng.choice(("object", "colour"))
+    left: dict[str, list[QA]] = {}
+    for item in questions(scene, rng):
+        if item.family in families and item.family != given_away:
+            left.setdefault(item.family, []).append(item)
     chosen: list[QA] = []
-    while len(chosen) < min(turns, len(items)):
-        used = {item.family for item in chosen}
-        left = [items[i] for i in order if items[i] not in chosen]
-        chosen.append(next((item for item in left if item.family not in used), left[0]))
+    while left and len(chosen) < turns:
+        family = str(rng.choice(list(left)))
+        chosen.append(left[family].pop(int(rng.integers(len(left[family])))))
+        if not left[family]:
+            del left[family]
     return chosen
+
+
+def description(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """A request to describe what is seen, and the answer: a caption as a sentence."""
+    asked = ("Describe the video.", "Describe what you see.", "What happens in the video?")
+    said = caption(scene, rng)
+    return str(rng.choice(asked)), f"{said[0].upper()}{said[1:]}."

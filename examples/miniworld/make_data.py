@@ -31,13 +31,15 @@ from typing import Any
 import av
 import numpy as np
 from drawing import draw
-from language import QA, SIGHT_FAMILIES, SOUND_FAMILIES, a, caption, conversation
+from language import QA, SIGHT_FAMILIES, SOUND_FAMILIES, a, caption, conversation, description
 from sounds import SAMPLING_RATE, make_sound
 from tqdm import tqdm
 from world import FPS, HELD_OUT_SOUNDS, MOMENTS, SAMPLED_TIMES, SPLITS, Scene, generator, sample_scene
 
 CAPTIONS_PER_CLIP = 2  # which differ in their wording
-CONVERSATIONS_PER_CLIP = 2
+SOUNDS_PER_CLIP = 2  # conversations of the audio branch
+QUESTIONS_PER_CLIP = 1  # conversations of questions, and of requests to describe it, of the video branch;
+DESCRIPTIONS_PER_CLIP = 1  # twice as many where there are several objects to tell apart
 ANNOTATIONS = ("captions", "conversations", "audio-captions", "audio-conversations")
 
 
@@ -121,8 +123,11 @@ def video_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tu
         media = [("video", clip_name(split, index))]
         for _ in range(CAPTIONS_PER_CLIP):
             yield "captions", message_rows(media, [("", caption(scene, rng))])
-        for _ in range(CONVERSATIONS_PER_CLIP):
-            items = conversation(scene, rng, SIGHT_FAMILIES, int(rng.integers(2, 5)))
+        repeats = 2 if len(scene.objects) > 1 else 1
+        for _ in range(DESCRIPTIONS_PER_CLIP * repeats):
+            yield "conversations", message_rows(media, [description(scene, rng)])
+        for _ in range(QUESTIONS_PER_CLIP * repeats):
+            items = conversation(scene, rng, SIGHT_FAMILIES, int(rng.integers(2, 3 + repeats)))
             yield "conversations", message_rows(media, _turns(items))
 
 
@@ -138,21 +143,21 @@ def audio_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tu
                 yield "audio-captions", message_rows([("audio", clip_name(split, index))], [("", text)])
     for index, scene in enumerate(scenes):
         rng = generator(seed, split, index, "audio language")
-        for number in range(CONVERSATIONS_PER_CLIP):
+        for number in range(SOUNDS_PER_CLIP):
             sound = _draw_sound(scene, clips, rng, split)
             if sound is None:
                 continue
             kind, moment = sound
             media = [("audio", clip_name(split, int(rng.choice(clips[kind, moment]))))]
             pair = replace(scene, sound=kind, moment=moment if kind else None, audio_track=True)
-            count = int(rng.integers(1, 4))
+            count = int(rng.integers(1, 3))
             if number == 0 and rng.random() < 0.5:  # the sound alone
                 items = conversation(replace(pair, objects=(), type="empty"), rng, SOUND_FAMILIES, count)
             else:
                 media.append(("video", clip_name(split, index)))
                 items = conversation(pair, rng, SOUND_FAMILIES, count)
-                # No more about what is seen, which the video branch has learnt already
-                items += conversation(pair, rng, SIGHT_FAMILIES, int(rng.integers(min(count, 4 - count) + 1)))
+                # As much about what is seen: the sound's tokens must not get in the way of the frames'
+                items += conversation(pair, rng, SIGHT_FAMILIES, count)
             yield "audio-conversations", message_rows(media, _turns([items[i] for i in rng.permutation(len(items))]))
 
 
