@@ -343,6 +343,7 @@ HALF_A_CHARACTER = rb'{"model": "readable", "messages": [{"role": "user", "conte
         ({"messages": [user(url_part("video", "HOST/long.mp4"))]}, 413, "longer than the 6 seconds"),
         ({"messages": [user(url_part("video", "HOST/picture.png"))]}, 400, "The video of http"),
         ({"messages": [user(url_part("image", "data:image/png;base64,aGVsbG8="))]}, 400, "The image of data:image/png"),
+        ({"messages": [user(url_part("image", "data:,%21PS-Adobe-3.0 EPSF-3.0%0A%25%25BoundingBox: 0 0 9 9"))]}, 400, "no image of a known kind"),
         ({"messages": [user(url_part("image", f"data:,{'x' * 3_000_000}"))]}, 413, "The request has more than"),
         ({"messages": [user("word " * 400)]}, 400, "the model was made for 512 in all"),
     ],

@@ -247,6 +247,7 @@ class ChatCompletions:
     ) -> None:
         preparing = self.service.preparation.submit(chat, lambda: job.is_cancelled)
         job.inputs = await asyncio.wrap_future(preparing)
+        chat.messages.clear()  # with the files that are in it
         num_prompt_tokens = job.inputs["input_ids"].shape[1]
         job.settings = self.service.settings(chat, num_prompt_tokens)
         self.service.batcher.submit(job)

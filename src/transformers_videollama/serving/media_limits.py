@@ -1,4 +1,4 @@
-"""Refuses media that are too long or too large to be decoded, before they are.
+"""Refuses media that are too long or too large to be decoded, and kinds of images that are programs, before they are.
 
 What a file's header says is asked first and is not trusted: packets are listed and sound is decoded, of which nothing
 is kept, until the limit is passed.
@@ -8,9 +8,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from ..media import OpenedMedia
+from ..media import MediaError, OpenedMedia
 from .errors import RequestError
 
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""Others that Pillow knows are of no use here, and one of them, EPS, is executed to be read."""
 MAX_PIXELS = 2**26
 """Of a picture, and of a frame of a video: twice the 33 million of an 8K screen."""
 MAX_FRAME_RATE = 240
@@ -30,7 +32,7 @@ def check_media(kind: str, path: Path, max_seconds: float) -> None:
 
     Raises:
         RequestError: 413 if it is longer, or has more pixels or samples than any real one.
-        MediaError: if it cannot be opened.
+        MediaError: if it cannot be opened, or is an image of another kind.
     """
     if kind == "image":
         _check_image(path)
@@ -43,12 +45,12 @@ def _check_image(path: Path) -> None:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             _check_pixels(image.width, image.height)
     except Image.DecompressionBombError as error:
         raise _too_large(f"an image has more than {MAX_PIXELS} pixels") from error
-    except OSError:
-        return  # whoever decodes it says what is wrong
+    except OSError as error:
+        raise MediaError(f"{path} is no image of a known kind: {', '.join(IMAGE_FORMATS)}.") from error
 
 
 def _check_container(container: Any, max_seconds: float) -> None:
