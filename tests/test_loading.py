@@ -231,5 +231,6 @@ def test_a_checkpoint_without_its_decoder(tmp_path):
     )
     long = VideoLlamaForConditionalGeneration.from_pretrained(tmp_path / "model", interpolate_frame_positions=True)
     assert long.config.interpolate_frame_positions and torch.equal(long.lm_head.weight, model.lm_head.weight)
-    half = VideoLlamaForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
-    assert {parameter.dtype for parameter in half.model.language_model.parameters()} == {torch.bfloat16}
+    for dtype, expected in ((torch.bfloat16, torch.bfloat16), ("bfloat16", torch.bfloat16), ("auto", torch.float32)):
+        cast = VideoLlamaForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=dtype)
+        assert {parameter.dtype for parameter in cast.model.language_model.parameters()} == {expected}

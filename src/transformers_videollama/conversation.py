@@ -4,6 +4,7 @@ Above `generate` and the processor, below the command line. The decoder's cache 
 of them costs no more than its own tokens.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,9 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from .modeling_video_llama import VideoLlamaForConditionalGeneration
-from .processing_video_llama import VideoLlamaProcessor
+from .processing_video_llama import REPEATED_ROLE, VideoLlamaProcessor
+
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
 class Conversation:
@@ -162,14 +165,28 @@ class AnswerStreamer(BaseStreamer):
     Args:
         processor ([`VideoLlamaProcessor`]): Decodes the tokens.
         on_text (`Callable[[str], None]`): Is given each new piece of text.
+        stop_strings (`Sequence[str]`, *optional*): What ends the answer beside the processor's own stop string.
+
+    Attributes:
+        text (`str`): The answer so far, without what follows a stop string.
+        is_stopped (`bool`): Whether a stop string has come.
     """
 
-    def __init__(self, processor: VideoLlamaProcessor, on_text: Callable[[str], None]):
+    def __init__(
+        self, processor: VideoLlamaProcessor, on_text: Callable[[str], None], stop_strings: Sequence[str] = ()
+    ):
         self.processor = processor
         self.on_text = on_text
+        self.stop_strings = [*stop_strings, *([processor.stop_string] if processor.stop_string else [])]
+        self.is_stopped = False
+        self._special_ids = set(processor.tokenizer.all_special_ids)
         self._ids: list[int] = []
         self._shown = ""
         self._is_prompt = True
+
+    @property
+    def text(self) -> str:
+        return self._decode(self._ids)
 
     def put(self, value: torch.Tensor) -> None:
         """Takes the prompt once, then the tokens of one answer as they come."""
@@ -177,18 +194,49 @@ class AnswerStreamer(BaseStreamer):
             self._is_prompt = False
             return
         self._ids += value.flatten().tolist()
-        text = self._decode().removesuffix("�")
-        stop = self.processor.stop_string or ""
-        # What may be the beginning of the stop string waits for what follows; so do blanks, which may end the answer
-        held = max((n for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        self._show(text[: len(text) - held].rstrip())
+        raw = self.processor.tokenizer.decode(self._ids, skip_special_tokens=True)
+        self.is_stopped = any(stop in raw for stop in self.stop_strings)
+        text = self._settled_text()
+        # What may be the beginning of a stop string waits for what follows; so do blanks, which may end the answer,
+        # and the role that a model may repeat, which is no part of it
+        held = max(
+            (n for stop in self.stop_strings for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0
+        )
+        if not REPEATED_ROLE.startswith(text):
+            self._show(text[: len(text) - held].rstrip())
 
     def end(self) -> None:
         """Shows what was held back."""
-        self._show(self._decode())
+        self._show(self.text)
 
-    def _decode(self) -> str:
-        return str(self.processor.post_process_image_text_to_text(torch.tensor(self._ids, dtype=torch.long)))
+    def _settled_text(self) -> str:
+        """
+        The text that stays as it is whatever follows. LLaMA's tokens of single bytes are decoded together: one that
+        fits nowhere makes all those beside it unreadable.
+        """
+        data, num_open = b"", 0
+        for number, index in enumerate(reversed(self._ids), 1):
+            token = self.processor.tokenizer.convert_ids_to_tokens(index)
+            if index in self._special_ids or token is None:  # neither is shown
+                continue
+            byte = _BYTE_TOKEN.fullmatch(token)
+            if byte is None:
+                break
+            data, num_open = bytes([int(byte[1], 16)]) + data, number
+        try:
+            data.decode()
+        except UnicodeDecodeError as error:
+            if error.reason != "unexpected end of data":  # unreadable for good
+                return self.text
+        return self._decode(self._ids[: len(self._ids) - num_open]).rstrip("�")
+
+    def _decode(self, ids: list[int]) -> str:
+        if not ids:
+            return ""
+        text = str(self.processor.post_process_image_text_to_text(torch.tensor(ids)))
+        for stop in self.stop_strings:
+            text = text.split(stop)[0]
+        return text
 
     def _show(self, text: str) -> None:
         if text.startswith(self._shown) and len(text) > len(self._shown):

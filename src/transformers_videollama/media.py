@@ -144,7 +144,7 @@ def open_media(source: MediaSource) -> Generator[OpenedMedia]:
         text = os.fsdecode(source)
         scheme = text.partition("://")[0].lower() if "://" in text else ""
         if text.startswith("data:"):
-            yield _from_bytes(_decode_data_uri(text), name)
+            yield _from_bytes(decode_data_uri(text), name)
         elif scheme in ("http", "https"):
             with tempfile.TemporaryDirectory(prefix="videollama-") as folder:
                 suffix = os.path.splitext(text.split("?")[0])[1]  # tells the kind of some files without a header
@@ -194,7 +194,8 @@ def _from_path(path: str, name: str) -> OpenedMedia:
     return OpenedMedia(name, path=os.path.abspath(path))
 
 
-def _decode_data_uri(uri: str) -> bytes:
+def decode_data_uri(uri: str) -> bytes:
+    """The bytes that a `data:` URI holds. Raises `MediaError` where it holds none."""
     header, comma, body = uri.partition(",")
     if not comma:
         raise MediaError(f"{describe_source(uri)} is no data: URI: no comma stands between its header and its data.")

@@ -162,11 +162,12 @@ class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
         text_model = text_model or getattr(config, "text_model", None)
         if text_model is None or pretrained_model_name_or_path is None:
             return super().from_pretrained(pretrained_model_name_or_path, *args, config=given, **kwargs)
-        if given is None:  # what belongs to the configuration is set there, as the library does
+        if given is None:  # what belongs to the configuration is set there, as the library does, except for the dtype
+            dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
             config, kwargs = VideoLlamaConfig.from_pretrained(
                 pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
             )
-            kwargs |= hub_options
+            kwargs |= hub_options | dtype
         return cls._from_pretrained_with_decoder(pretrained_model_name_or_path, config, text_model, **kwargs)
 
     @classmethod

@@ -7,13 +7,13 @@ inherited from that pipeline.
 
 import inspect
 import itertools
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from types import GeneratorType
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, PreTrainedTokenizerBase
 from transformers.pipelines.image_text_to_text import ImageTextToTextPipeline, ReturnType
 from transformers.pipelines.pt_utils import KeyDataset, PipelineDataset, PipelineIterator
 from transformers.utils.chat_template_utils import Chat
@@ -177,21 +177,8 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
         return PipelineIterator(outputs, self.postprocess, postprocess_params)
 
     def _collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """
-        Joins prompts of one to a batch. Texts are padded where generation needs it; media follow each other in reading
-        order, as the model takes them, and shorter videos are padded and masked.
-        """
-        batch: dict[str, Any] = {"text": [item.pop("text") for item in items]}
-        prompts = [{name: item.pop(name)[0] for name in ("input_ids", "attention_mask")} for item in items]
-        batch |= self.tokenizer.pad(prompts, return_tensors="pt")
-        videos = [item for item in items if "pixel_values_videos" in item]
-        num_frames = {item["pixel_values_videos"].shape[1] for item in videos}
-        if len(num_frames) > 1 or any("padding_mask_videos" in item for item in videos):
-            for item in videos:
-                _pad_frames(item, max(num_frames))
-        for name in dict.fromkeys(name for item in items for name in item):
-            batch[name] = torch.cat([item[name] for item in items if name in item])
-        return batch
+        text = [item.pop("text") for item in items]
+        return {"text": text, **join_prompts(self.tokenizer, items)}
 
     def _forward(self, model_inputs: dict[str, Any], generate_kwargs: dict[str, Any] | None = None) -> dict[str, Any]:
         outputs = super()._forward(model_inputs, generate_kwargs=dict(generate_kwargs or {}))
@@ -256,6 +243,31 @@ def _pair(videos: Any, text: str | list[str]) -> dict[str, Any] | list[dict[str,
             f"Got {len(videos)} videos and {len(questions)} questions: give one question, or one for each video."
         )
     return [{"videos": video, "text": question} for video, question in zip(videos, questions, strict=True)]
+
+
+def join_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """
+    Joins the model inputs of single prompts to those of a batch. Texts are padded where generation needs it; media
+    follow each other in reading order, as the model takes them, and shorter videos are padded and masked.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Pads the texts, on its own side.
+        prompts (`Sequence[dict]`): What the processor returns for each prompt, with `return_tensors="pt"`.
+
+    Returns:
+        `dict`: `input_ids` and `attention_mask`, (prompts, longest), and the media of all prompts.
+    """
+    items = [dict(prompt) for prompt in prompts]
+    texts = [{name: item.pop(name)[0] for name in ("input_ids", "attention_mask")} for item in items]
+    batch: dict[str, Any] = dict(tokenizer.pad(texts, return_tensors="pt"))
+    videos = [item for item in items if "pixel_values_videos" in item]
+    num_frames = {item["pixel_values_videos"].shape[1] for item in videos}
+    if len(num_frames) > 1 or any("padding_mask_videos" in item for item in videos):
+        for item in videos:
+            _pad_frames(item, max(num_frames))
+    for name in dict.fromkeys(name for item in items for name in item):
+        batch[name] = torch.cat([item[name] for item in items if name in item])
+    return batch
 
 
 def _pad_frames(item: dict[str, Any], num_frames: int) -> None:

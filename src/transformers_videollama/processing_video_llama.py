@@ -28,6 +28,8 @@ from transformers.video_utils import VideoMetadata
 from .chat_templates import CHAT_TEMPLATES, STOP_STRINGS
 from .media import MediaError, describe_source, has_audio, is_opened, open_media
 
+REPEATED_ROLE = "Assistant:"
+"""What a model may begin its answer with, and what is no part of it."""
 _MEDIA_TYPES = ("image", "video", "audio")
 # What the library puts before special tokens that `sanitize_control_tokens` turns into plain text
 _USER_TEXT_MARK = "\U000f0000"
@@ -447,7 +449,7 @@ class VideoLlamaProcessor(ProcessorMixin):
             return text.removesuffix(self.stop_string or "")
         if self.stop_string:
             text = text.lstrip().split(self.stop_string)[0]
-        return text.strip().removeprefix("Assistant:").strip()
+        return text.strip().removeprefix(REPEATED_ROLE).strip()
 
 
 def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, placeholders: list[str]) -> None:
