@@ -11,15 +11,17 @@ import json
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Lock
 
 
 class Handler(BaseHTTPRequestHandler):
     log = Path(sys.argv[1])
+    lock = Lock()
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        is_first = not self.log.exists()
-        with self.log.open("a") as file:
+        with self.lock, self.log.open("a") as file:
+            is_first = file.tell() == 0
             file.write(json.dumps({"path": self.path, "key": self.headers["Authorization"], **request}) + "\n")
         if is_first:
             self.send_error(500)

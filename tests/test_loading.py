@@ -233,3 +233,4 @@ def test_a_checkpoint_without_its_decoder(tmp_path):
     assert long.config.interpolate_frame_positions and torch.equal(long.lm_head.weight, model.lm_head.weight)
     half = VideoLlamaForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.model.language_model.parameters()} == {torch.bfloat16}
+    assert VideoLlamaModel.from_pretrained(tmp_path / "model", dtype="auto").dtype == torch.float32

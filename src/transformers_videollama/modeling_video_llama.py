@@ -152,10 +152,12 @@ class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
         if text_model is None or pretrained_model_name_or_path is None:
             return super().from_pretrained(pretrained_model_name_or_path, *args, config=given, **kwargs)
         if given is None:  # what belongs to the configuration is set there, as the library does
+            # "auto" means what the configuration says, which it must not replace there
+            kept = {"dtype": kwargs.pop("dtype")} if kwargs.get("dtype") == "auto" else {}
             config, kwargs = VideoLlamaConfig.from_pretrained(
                 pretrained_model_name_or_path, return_unused_kwargs=True, **kwargs
             )
-            kwargs |= hub_options
+            kwargs |= hub_options | kept
         return cls._from_pretrained_with_decoder(pretrained_model_name_or_path, config, text_model, **kwargs)
 
     @classmethod

@@ -113,15 +113,15 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What decides about the answers; a folder is for one set of them."""
     files = [file for path in args.annotations for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
     files += filter(None, (args.mapping, args.objects))
-    chosen = ("split", "limit", "seed", "revision", "dtype", "load_in_4bit", "load_in_8bit", "attn_implementation")
-    chosen += ("num_frames", "no_audio", "system_prompt", "max_new_tokens", "temperature", "top_p")
+    weights = ("revision", "dtype", "load_in_4bit", "load_in_8bit", "attn_implementation")
+    asking = ("num_frames", "no_audio", "system_prompt", "max_new_tokens", "temperature", "top_p")
     return {
         "benchmark": args.benchmark,
         "annotations": {file.name: hashlib.sha256(file.read_bytes()).hexdigest()[:16] for file in files},
         "model": _whole_name(find_model(args.model)[0]),
         "trained_part": _whole_name(args.trained_part),
         "adapter": _whole_name(args.adapter),
-        **{name: getattr(args, name) for name in chosen},
+        **{name: getattr(args, name) for name in ("split", "limit", "seed", *weights, *asking)},
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .scores import NUM_RESAMPLES, Score, bootstrapped, mean
+from .scores import NUM_RESAMPLES, Score, bootstrapped, mean, quantiles
 
 
 def score_captions(captions: Mapping[str, str], references: Mapping[str, Sequence[str]], seed: int) -> list[Score]:
@@ -74,8 +74,7 @@ def _score_meteor(meteor: Any, found: Mapping[str, list[str]], known: Mapping[st
     meteor.meteor_p.stdin.write(f"EVAL ||| {' ||| '.join(sums)}\n".encode())
     meteor.meteor_p.stdin.flush()
     values = [100 * float(meteor.meteor_p.stdout.readline()) for _ in draws]
-    low, high = np.quantile(values[1:], (0.025, 0.975))
-    return Score("METEOR", values[0], float(low), float(high), len(found))
+    return Score("METEOR", values[0], *quantiles(values[1:]), len(found))
 
 
 def _one_line(caption: str) -> dict[str, str]:

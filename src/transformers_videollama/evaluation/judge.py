@@ -51,11 +51,8 @@ def read_verdict(reply: str) -> tuple[bool, float] | None:
                 continue
             if not isinstance(verdict, dict):
                 continue
-            match, score = str(verdict.get("pred", "")).strip().lower(), verdict.get("score")
-            if isinstance(score, str) and re.fullmatch(r"\s*\d+(\.\d+)?\s*", score):
-                score = float(score)
-            is_number = isinstance(score, (int, float)) and not isinstance(score, bool)
-            if match in ("yes", "no") and is_number and 0 <= score <= 5:
+            match, score = str(verdict.get("pred")).strip().lower(), str(verdict.get("score")).strip()
+            if match in ("yes", "no") and re.fullmatch(r"[0-4](\.\d+)?|5(\.0+)?", score):
                 return match == "yes", float(score)
     return None
 
@@ -105,8 +102,8 @@ class Judge:
 
     @property
     def base_url(self) -> str:
-        """The server that is asked, without its key."""
-        return str(self._client.base_url)
+        """The server that is asked, without name and password that its address may hold."""
+        return re.sub(r"//[^/@]*@", "//", str(self._client.base_url))
 
     def judge(self, items: Sequence[Item], answers: Sequence[str]) -> list[tuple[bool, float] | None]:
         """

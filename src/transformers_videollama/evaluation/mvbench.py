@@ -102,7 +102,7 @@ def chosen_option(answer: str, item: Item) -> str | None:
     """
     The option that a generated answer chooses: by its letter in front, else by being the only one that it repeats.
     """
-    start = re.match(r"\W*([A-Za-z])(?![A-Za-z'’])", answer)
+    start = re.match(r"\W*([A-Za-z])(?=[).:,\]]|\s*$|\s*\n)", answer)  # and no article
     if start and start[1].upper() in letters(item):
         return item.candidates[letters(item).index(start[1].upper())]
     repeated = [option for option in item.candidates if option.lower().rstrip(".") in answer.lower()]

@@ -74,5 +74,9 @@ def bootstrapped(
     rng = np.random.default_rng(seed)
     draws = (np.concatenate([rng.choice(stratum, len(stratum)) for stratum in strata]) for _ in range(NUM_RESAMPLES))
     values = [number for number in map(statistic, draws) if number is not None]
-    low, high = np.quantile(values, (0.025, 0.975))
-    return Score(name, value, float(low), float(high), count, group)
+    return Score(name, value, *quantiles(values), count, group)
+
+
+def quantiles(values: Sequence[float]) -> tuple[float, float]:
+    """The 2.5% and 97.5% quantiles of values."""
+    return float(np.quantile(values, 0.025)), float(np.quantile(values, 0.975))
