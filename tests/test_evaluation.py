@@ -17,7 +17,7 @@ from transformers_videollama.evaluation.judge import read_verdict
 from transformers_videollama.evaluation.media_files import MediaFiles
 from transformers_videollama.evaluation.mvbench import chosen_option, question_text, score_mvbench
 from transformers_videollama.evaluation.object_probe import COCO_OBJECTS, find_objects, make_probe
-from transformers_videollama.evaluation.output_folder import keep_settings
+from transformers_videollama.evaluation.output_folder import Answers, keep_settings
 from transformers_videollama.evaluation.pope import read_yes_no, score_pope
 from transformers_videollama.evaluation.published import PUBLISHED
 from transformers_videollama.evaluation.qa_metrics import score_answers
@@ -124,6 +124,7 @@ def test_pope_is_about_pictures_and_videos(tmp_path: Path) -> None:
         ("msrvtt-qa", "test_qa.json", [], "there is no question in it"),
         ("msrvtt-qa", "test_qa.json", [{"question": "Who?", "video_id": 1}], "there is no answer to the question '0'"),
         ("msrvtt-qa", "test_qa.json", [{"question": "?", "answer": "a"}], "entry 0: expected a field 'video_id' or"),
+        ("tgif-qa", "Test_action_question.csv", "gif_name\tquestion\ta1\tanswer\nx\tWhat?\ty\t0\n", "multiple choice"),
         ("mvbench", "a.json", [{"video": "a", "question": "?", "candidates": ["b"], "answer": "c"}], "none of the"),
         ("pope", "a.jsonl", [{"question_id": 1, "image": "a", "text": "?", "label": "maybe"}], "'yes' or 'no'"),
         ("msvd-caption", "a.txt", "one two\n", "a.txt:1: expected `<video>_<start>_<end> caption`"),
@@ -362,6 +363,13 @@ def test_published_scores_belong_to_benchmarks() -> None:
     assert set(PUBLISHED) <= set(BENCHMARKS)
     tasks = [v for k, v in PUBLISHED["mvbench"][0].scores.items() if not k.startswith("average")]
     assert len(tasks) == 20 and np.mean(tasks) == pytest.approx(34.1, abs=0.05)
+
+
+def test_answers_may_hold_any_character(tmp_path: Path) -> None:
+    answer = "one\u2028two\x85three\nfour"
+    Answers(tmp_path / "answers.jsonl").append([{"id": "1", "answer": answer}, {"id": "2", "error": "no"}])
+    assert Answers(tmp_path / "answers.jsonl").records["1"]["answer"] == answer
+    assert set(Answers(tmp_path / "answers.jsonl", retry_errors=True).records) == {"1"}
 
 
 def test_a_folder_is_for_one_set_of_settings(tmp_path: Path) -> None:

@@ -17,7 +17,9 @@ from media_files import frame_picture, write_media
 from PIL import Image
 
 from transformers_videollama import VideoLlamaForConditionalGeneration, VideoLlamaProcessor
+from transformers_videollama.chat_templates import CHAT_TEMPLATES
 from transformers_videollama.cli import main
+from transformers_videollama.conversation import prompt_ids
 from transformers_videollama.evaluation.answering import Answerer
 from transformers_videollama.evaluation.encoded_media import MediumEncoder
 from transformers_videollama.evaluation.items import Item, Medium
@@ -147,6 +149,20 @@ def test_questions_about_the_same_video_are_answered_together_as_alone(
         ]
         expected = [alone(loaded, [about(clip, item.question)])[1] for item in items]
         assert [record["tokens"] for record in records] == expected
+
+
+@pytest.mark.parametrize("family", CHAT_TEMPLATES)
+def test_prompts_are_those_of_chats_whose_media_are_read(
+    family: str, loaded: tuple[Any, Any], tiny_folder: Path
+) -> None:
+    processor = VideoLlamaProcessor.from_pretrained(tiny_folder, chat_template=CHAT_TEMPLATES[family])
+    encoder = MediumEncoder(loaded[0], processor)
+    for clip, path in CLIPS.items():
+        chat = [about(clip, "What is shown?"), {"role": "assistant", "content": ANSWER_START}]
+        content = [*encoder.encode(path, Medium((clip,))).entries, {"type": "text", "text": "What is shown?"}]
+        marked = [{"role": "user", "content": content}, chat[1]]
+        expected = processor.apply_chat_template(chat, tokenize=True, continue_final_message=True)
+        assert prompt_ids(processor, marked, continue_final_message=True) == expected[0]
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(tiny_folder: Path, media: Path, tmp_path: Path) -> None:

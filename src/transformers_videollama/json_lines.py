@@ -15,6 +15,13 @@ def cut_unfinished_line(path: Path) -> None:
             os.truncate(path, content.rfind(b"\n") + 1)
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file; none of one that is not there. Only line feeds end a line: texts may hold other ends."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
 def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     """Writes lines at the end of a file in one go, so that those of several processes do not mix."""
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..json_lines import append_lines, cut_unfinished_line
+from ..json_lines import append_lines, cut_unfinished_line, read_lines
 from . import UsageError, make_parser
 from .models import (
     add_generation_arguments,
@@ -104,18 +104,12 @@ def read_done(path: Path, rows: list[dict[str, Any]], retry_errors: bool) -> set
         UsageError: if the output is of another input.
     """
     done = set()
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            found = json.loads(line)
-            index = found.get("index")
-            if (
-                not isinstance(index, int)
-                or index >= len(rows)
-                or any(found.get(k) != v for k, v in rows[index].items())
-            ):
-                raise UsageError(f"{path} holds answers to other questions: give another file, or delete it.")
-            if "answer" in found or not retry_errors:
-                done.add(index)
+    for found in read_lines(path):
+        index = found.get("index")
+        if not isinstance(index, int) or index >= len(rows) or any(found.get(k) != v for k, v in rows[index].items()):
+            raise UsageError(f"{path} holds answers to other questions: give another file, or delete it.")
+        if "answer" in found or not retry_errors:
+            done.add(index)
     return done
 
 

@@ -37,7 +37,7 @@ def read_rows(path: Path) -> list[Row]:
         rows = read_json(path)
     else:
         rows = []
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
             if line.strip():
                 try:
                     rows.append(json.loads(line))

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from ..json_lines import append_lines, cut_unfinished_line
+from ..json_lines import append_lines, cut_unfinished_line, read_lines
 from .items import Item
 from .scores import Score, mean, share
 
@@ -94,8 +94,7 @@ class Judge:
         self.cache = cache
         self.workers = workers
         cut_unfinished_line(cache)
-        lines = cache.read_text(encoding="utf-8").splitlines() if cache.exists() else []
-        replies: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, lines)}
+        replies: dict[str, dict[str, Any]] = {row["key"]: row for row in read_lines(cache)}
         if retry_errors:
             replies = {key: row for key, row in replies.items() if read_verdict(row["reply"]) is not None}
         self._replies = replies

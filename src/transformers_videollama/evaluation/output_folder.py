@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..json_lines import append_lines, cut_unfinished_line
+from ..json_lines import append_lines, cut_unfinished_line, read_lines
 
 SETTINGS = "settings.json"
 
@@ -23,12 +23,8 @@ class Answers:
 
     def __init__(self, path: Path, retry_errors: bool = False):
         self.path = path
-        self.records: dict[str, dict[str, Any]] = {}
         cut_unfinished_line(path)
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                record = json.loads(line)
-                self.records[record["id"]] = record
+        self.records: dict[str, dict[str, Any]] = {record["id"]: record for record in read_lines(path)}
         if retry_errors:
             self.records = {id_: record for id_, record in self.records.items() if "error" not in record}
 

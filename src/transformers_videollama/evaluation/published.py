@@ -65,6 +65,7 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
     ),
     "activitynet-qa": (
         _judged("Video-LLaMA", 12.4, 1.1),
+        _judged("VideoChat", 26.5, 2.2),
         _judged("Video-ChatGPT", 35.2, 2.7),
         _judged("Video-LLaVA", 45.3, 3.3),
     ),

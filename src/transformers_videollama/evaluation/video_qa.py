@@ -42,13 +42,15 @@ def read_video_qa(files: Sequence[Path], video_names: Callable[[str], tuple[str,
         `list[Item]`, whose group is the type of ActivityNet-QA or the question's first word.
 
     Raises:
-        ValueError: a file is of none of the known forms, or a question has no answer.
+        ValueError: a file is of none of the known forms, or a multiple choice, or a question has no answer.
     """
     questions: list[tuple[str, Row]] = []
     answers: dict[str, Row] = {}
     for path in [*files, *_answers_beside(files)]:
         is_table = path.suffix.lower() in (".csv", ".tsv")
         for index, row in enumerate(read_table(path) if is_table else read_rows(path)):
+            if "a1" in row:
+                raise ValueError(f"{path} is a multiple choice; of TGIF-QA the open questions, FrameQA, are read.")
             if "question" in row:
                 questions.append((f"{path}, entry {index}", row))
             else:
