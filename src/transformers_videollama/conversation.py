@@ -131,12 +131,7 @@ class Conversation:
             }
             self._entries = entries
             return ids
-        text = processor.apply_chat_template(messages, tokenize=False, **options)
-        for kind in ("image", "video", "audio"):
-            token = getattr(processor, f"{kind}_token")
-            text = text.replace(token, token * getattr(processor, f"num_{kind}_tokens"))
-        starts_itself = processor.tokenizer.bos_token is not None and text.startswith(processor.tokenizer.bos_token)
-        return processor.tokenizer(text, add_special_tokens=not starts_itself)["input_ids"]
+        return prompt_ids(processor, messages, **options)
 
     def _keep_of_cache(self, ids: list[int]) -> int:
         """Cuts the cache to what it shares with a prompt, of which at least the last token is left to be read."""
@@ -150,6 +145,26 @@ class Conversation:
         elif known < in_cache:
             self._cache.crop(known - in_cache)
         return known
+
+
+def prompt_ids(processor: VideoLlamaProcessor, messages: list[dict[str, Any]], **options: Any) -> list[int]:
+    """
+    The token ids of a chat's prompt, with a placeholder for every soft token, without its media being decoded.
+
+    Args:
+        processor ([`VideoLlamaProcessor`]): Renders the chat and tokenises it.
+        messages (`list[dict]`): The chat, whose entries may merely mark the place of a medium.
+        options: Further arguments of [`~VideoLlamaProcessor.apply_chat_template`].
+
+    Returns:
+        `list[int]`
+    """
+    text = processor.apply_chat_template(messages, tokenize=False, **options)
+    for kind in ("image", "video", "audio"):
+        token = getattr(processor, f"{kind}_token")
+        text = text.replace(token, token * getattr(processor, f"num_{kind}_tokens"))
+    starts_itself = processor.tokenizer.bos_token is not None and text.startswith(processor.tokenizer.bos_token)
+    return processor.tokenizer(text, add_special_tokens=not starts_itself)["input_ids"]
 
 
 def _identity(entry: dict[str, Any]) -> tuple:

@@ -224,7 +224,8 @@ class VideoLlamaProcessor(ProcessorMixin):
           ears …" sentence, the sound's placeholder before the video's.
         - A video without sound is `<Video>…</Video> ` and the published sentence on the seconds of its frames. The
           sentence is left out where the seconds are not known: arrays and lists of frames without `video_metadata`,
-          and entries that only mark the place of a video (`{"type": "video"}`).
+          and entries that only mark the place of a video (`{"type": "video"}`) and do not say them under
+          `"timestamps"`.
         - An image is `<Image>…</Image> `.
         - A sound alone is the first sentence about the eyes and ears, and the question is about what was "heard".
         - Entries stand in reading order, joined by single spaces; several media in a message have their sentences one
@@ -504,7 +505,8 @@ def read_content_entry(entry: str | dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         `{"type": "text", "text": …}` or `{"type": "image" | "video" | "audio", "source": …}`, in which the source is
-        the medium, a pair with its sampling rate where the entry gives one, or None.
+        the medium, a pair with its sampling rate where the entry gives one, or None, then with the entry's
+        `"timestamps"` if it has any.
 
     Raises:
         ValueError: it is none of the known types.
@@ -527,6 +529,8 @@ def read_content_entry(entry: str | dict[str, Any]) -> dict[str, Any]:
     rate = entry.get("sampling_rate")
     if isinstance(source, dict) and "array" in source:  # as the `datasets` library gives sounds
         source, rate = source["array"], source.get("sampling_rate")
+    if source is None and "timestamps" in entry:
+        return {"type": kind, "source": None, "timestamps": entry["timestamps"]}
     return {"type": kind, "source": source if rate is None else (source, rate)}
 
 

@@ -11,12 +11,12 @@ again, the command does what is missing. Exit status 1 if there are errors.
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..json_lines import append_lines, cut_unfinished_line, read_lines
 from . import UsageError, make_parser
 from .models import (
     add_generation_arguments,
@@ -96,14 +96,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def cut_unfinished_line(path: Path) -> None:
-    """Removes what an interrupted run wrote of its last line."""
-    if path.exists():
-        content = path.read_bytes()
-        if not content.endswith(b"\n"):
-            os.truncate(path, content.rfind(b"\n") + 1)
-
-
 def read_done(path: Path, rows: list[dict[str, Any]], retry_errors: bool) -> set[int]:
     """
     The indices of the lines that are in the output.
@@ -112,18 +104,12 @@ def read_done(path: Path, rows: list[dict[str, Any]], retry_errors: bool) -> set
         UsageError: if the output is of another input.
     """
     done = set()
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            found = json.loads(line)
-            index = found.get("index")
-            if (
-                not isinstance(index, int)
-                or index >= len(rows)
-                or any(found.get(k) != v for k, v in rows[index].items())
-            ):
-                raise UsageError(f"{path} holds answers to other questions: give another file, or delete it.")
-            if "answer" in found or not retry_errors:
-                done.add(index)
+    for found in read_lines(path):
+        index = found.get("index")
+        if not isinstance(index, int) or index >= len(rows) or any(found.get(k) != v for k, v in rows[index].items()):
+            raise UsageError(f"{path} holds answers to other questions: give another file, or delete it.")
+        if "answer" in found or not retry_errors:
+            done.add(index)
     return done
 
 
@@ -190,7 +176,7 @@ def answer_rows(args: argparse.Namespace, rows: list[dict[str, Any]], indices: l
                 answers = processor.post_process_image_text_to_text(output[:, moved["input_ids"].shape[1] :])
                 for (index, _), answer in zip(usable, answers, strict=True):
                     results[index] = {"answer": answer}
-            append(args.output, [{"index": index, **rows[index], **results[index]} for index in sorted(results)])
+            append_lines(args.output, [{"index": index, **rows[index], **results[index]} for index in sorted(results)])
             num_failed += len(batch) - len(usable)
             bar.update(len(batch))
     return num_failed
@@ -204,16 +190,6 @@ def batches_by_length(rows: list[dict[str, Any]], indices: list[int], batch_size
         ordered = sorted(positions, key=lambda position: -len(json.dumps(rows[indices[position]])))
         for first in range(0, len(ordered), batch_size):
             yield ordered[first : first + batch_size]
-
-
-def append(path: Path, lines: list[dict[str, Any]]) -> None:
-    """Writes lines at the end of a file in one go, so that those of several processes do not mix."""
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        os.write(file, text.encode())
-    finally:
-        os.close(file)
 
 
 class _Prepared:

@@ -61,7 +61,6 @@ def load_model(args: argparse.Namespace) -> "tuple[VideoLlamaForConditionalGener
         UsageError: if none was named and the small one is not there.
         OSError: if there is no such folder or Hub id.
     """
-    import torch
     from transformers.utils import logging
 
     from ..modeling_video_llama import VideoLlamaForConditionalGeneration
@@ -71,8 +70,23 @@ def load_model(args: argparse.Namespace) -> "tuple[VideoLlamaForConditionalGener
     name, options = find_model(args.model)
     hub_options = {} if args.revision is None else {"revision": args.revision}
     processor = VideoLlamaProcessor.from_pretrained(name, **hub_options)
+    options |= hub_options | weight_options(args)
+    model = VideoLlamaForConditionalGeneration.from_pretrained(name, **options)
+    if args.trained_part is not None:
+        from ..trained_part import load_trained_part
+
+        load_trained_part(model, args.trained_part)
+    if args.adapter is not None:
+        model.load_adapter(args.adapter)
+    return model.eval(), processor
+
+
+def weight_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments of [`add_model_arguments`] are for `from_pretrained`: device and number format of weights."""
+    import torch
+
     device = args.device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    options |= hub_options | {
+    options: dict[str, Any] = {
         "dtype": "auto" if args.dtype == "auto" else getattr(torch, args.dtype),
         "device_map": device,
     }
@@ -86,14 +100,7 @@ def load_model(args: argparse.Namespace) -> "tuple[VideoLlamaForConditionalGener
         )
     if args.attn_implementation is not None:
         options["attn_implementation"] = args.attn_implementation
-    model = VideoLlamaForConditionalGeneration.from_pretrained(name, **options)
-    if args.trained_part is not None:
-        from ..trained_part import load_trained_part
-
-        load_trained_part(model, args.trained_part)
-    if args.adapter is not None:
-        model.load_adapter(args.adapter)
-    return model.eval(), processor
+    return options
 
 
 def find_model(name: str | None) -> tuple[str, dict[str, Any]]:
