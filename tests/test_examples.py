@@ -22,7 +22,7 @@ def test_ask_a_video(tiny_folder: Path) -> None:
     assert [line[:3] for line in lines.splitlines() if line[:3] in ("Q: ", "A: ")] == ["Q: ", "A: "] * 2
 
 
-def test_finetune_with_lora_learns_and_answers_with_what_it_learnt(tiny_folder: Path, tmp_path: Path) -> None:
+def test_finetune_with_lora_then_export_and_serve(tiny_folder: Path, tmp_path: Path) -> None:
     question = "What breaks?"
     content = [{"type": "video", "path": str(CLIP)}, {"type": "text", "text": question}]
     chat = [
@@ -43,3 +43,8 @@ def test_finetune_with_lora_learns_and_answers_with_what_it_learnt(tiny_folder: 
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert losses[-1] < losses[0] / 2 and said["after"] != said["before"]
     assert (output / "adapter_config.json").is_file() and (output / "trained_part.safetensors").is_file()
+    answer = said["after"]
+
+    # What was trained, exported as a whole model and served, answers the same
+    served = run("export_and_serve.py", output, tmp_path / "exported", "--model", tiny_folder, "--ask", CLIP, question)
+    assert served.splitlines()[-1] == f"A: {answer}"
