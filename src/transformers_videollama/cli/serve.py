@@ -19,7 +19,7 @@ from . import UsageError, make_parser
 from .models import add_generation_arguments, add_model_arguments, load_model, positive, processor_arguments
 
 HELP = "answer questions over HTTP, as the OpenAI API does"
-_MEGABYTE = 10**6
+MEGABYTE = 10**6
 
 
 def main(argv: list[str]) -> None:
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
         raise UsageError(f"{error}: pip install 'transformers_videollama[serve]'") from error
     if args.allow_local_files is not None and not args.allow_local_files.is_dir():
         raise UsageError(f"--allow-local-files: {args.allow_local_files} is no folder.")
-    with _bind(args.host, args.port) as listener:
+    with bind(args.host, args.port) as listener:
         serve(args, listener)
 
 
@@ -112,7 +112,7 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     preparation = Preparation(
         processor,
         FetchRules(
-            max_bytes=args.max_file_mb * _MEGABYTE,
+            max_bytes=args.max_file_mb * MEGABYTE,
             max_seconds=args.fetch_timeout,
             local_folder=args.allow_local_files and args.allow_local_files.resolve(),
             allow_private_addresses=args.allow_private_addresses,
@@ -130,7 +130,7 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
         preparation,
         batcher,
         max_queue=args.max_queue,
-        max_body_bytes=args.max_body_mb * _MEGABYTE,
+        max_body_bytes=args.max_body_mb * MEGABYTE,
         max_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
@@ -153,7 +153,7 @@ def model_name(args: argparse.Namespace) -> str:
     return Path(name).resolve().name if os.path.isdir(name) and args.served_model_name is None else name
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """A socket at the address. It listens when the model is there; that the address is free is known before."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
