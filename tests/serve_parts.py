@@ -1,4 +1,4 @@
-"""What the tests of `videollama serve` and `videollama ui` share: a small model with readable answers, media files, a host with them."""
+"""What the tests of `videollama serve` and `videollama ui` share: a model with readable answers, media, a host."""
 
 import base64
 import contextlib

@@ -53,7 +53,9 @@ class Visitor:
     """Somebody with a browser window of their own."""
 
     def __init__(self, browser: Any, site: Site):
-        self.context = browser.new_context(viewport={"width": 1280, "height": 1000}, permissions=["camera"])
+        self.context = browser.new_context(
+            viewport={"width": 1280, "height": 1000}, permissions=["camera", "microphone"]
+        )
         self.page = self.context.new_page()
         self.page.set_default_timeout(60_000)
         self.requests: list[str] = []
@@ -103,7 +105,7 @@ def model_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def site(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    limits = ["--max-file-mb", "1", "--max-media-seconds", "6", "--max-new-tokens", str(NUM_TOKENS)]
+    limits = ["--max-file-mb", "2", "--max-media-seconds", "6", "--max-new-tokens", str(NUM_TOKENS)]
     site = Site(tmp_path_factory.mktemp("site"), "--model", str(model_folder), *limits)
     try:
         site.wait()
@@ -138,7 +140,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_files(tmp_path_factory.mktemp("media") / "files")
     (folder / "broken.mp4").write_bytes((folder / "clip.mp4").read_bytes()[:300])
     (folder / "broken.png").write_bytes(b"no picture at all")
-    (folder / "large.mp4").write_bytes(bytes(1_500_000))
+    (folder / "large.mp4").write_bytes(bytes(3 * 2**20))
     return folder
 
 
@@ -223,6 +225,18 @@ def test_a_picture_in_place_of_a_video(visitor: Visitor, site: Site, files: Path
     until(lambda: site.uploads() == ["picture.png"])
 
 
+def test_a_recording_of_the_camera(visitor: Visitor) -> None:
+    camera = visitor.page.locator("#video")
+    camera.get_by_label("Capture from camera").click()
+    camera.get_by_text("Click to Access Webcam").click()
+    camera.get_by_text("Record", exact=True).click()
+    camera.get_by_text("Stop", exact=True).wait_for()
+    visitor.page.wait_for_timeout(1000)  # of film
+    camera.get_by_text("Stop", exact=True).click()
+    visitor.wait_for_frames()
+    assert visitor.ask("What is it?", 1)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -245,7 +259,7 @@ def test_what_cannot_be_used_is_said(name: str, message: str, visitor: Visitor, 
 
 def test_a_file_that_is_too_large_is_refused(visitor: Visitor, site: Site, files: Path) -> None:
     visitor.upload(files / "large.mp4")
-    visitor.page.get_by_text("maximum allowed size of 1000000 bytes").first.wait_for()
+    visitor.page.get_by_text("exceed the maximum allowed size of 2.0 MB").wait_for()
     assert site.uploads() == []
 
 

@@ -19,7 +19,7 @@ from . import UsageError, make_parser
 from .models import add_generation_arguments, add_model_arguments, load_model, positive, processor_arguments
 
 HELP = "answer questions over HTTP, as the OpenAI API does"
-MEGABYTE = 10**6
+_MEGABYTE = 10**6
 
 
 def main(argv: list[str]) -> None:
@@ -112,7 +112,7 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
     preparation = Preparation(
         processor,
         FetchRules(
-            max_bytes=args.max_file_mb * MEGABYTE,
+            max_bytes=args.max_file_mb * _MEGABYTE,
             max_seconds=args.fetch_timeout,
             local_folder=args.allow_local_files and args.allow_local_files.resolve(),
             allow_private_addresses=args.allow_private_addresses,
@@ -130,7 +130,7 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
         preparation,
         batcher,
         max_queue=args.max_queue,
-        max_body_bytes=args.max_body_mb * MEGABYTE,
+        max_body_bytes=args.max_body_mb * _MEGABYTE,
         max_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,

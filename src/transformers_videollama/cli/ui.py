@@ -18,9 +18,11 @@ from pathlib import Path
 
 from . import UsageError, make_parser
 from .models import MINIWORLD, add_generation_arguments, add_model_arguments, load_model, positive
-from .serve import MEGABYTE, bind
+from .serve import bind
 
 HELP = "talk about videos on a page in the browser"
+_MEGABYTE = 2**20
+"""As the page's own message for a larger file counts."""
 
 
 def main(argv: list[str]) -> None:
@@ -81,6 +83,6 @@ def show_page(args: argparse.Namespace, listener: socket.socket, folder: Path) -
     if args.host not in ("127.0.0.1", "::1", "localhost"):
         print("Anyone who reaches this page can use it.", file=sys.stderr)
     try:
-        PageServer(page, listener, args.max_file_mb * MEGABYTE).run([listener])
+        PageServer(page, listener, args.max_file_mb * _MEGABYTE).run([listener])
     finally:
         events.close()

@@ -11,6 +11,7 @@ from .events import PageEvents
 
 THEME = gr.themes.Soft(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
 CSS = """
+#video video, #picture img { max-height: 300px; }
 .frames { display: grid; grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)); gap: 6px; }
 .frames figure, .spectrogram figure { margin: 0; }
 .frames img, .spectrogram img { width: 100%; border-radius: 4px; display: block; }
@@ -64,7 +65,6 @@ def make_page(
                             label="Video",
                             sources=["upload", "webcam"],
                             webcam_options=gr.WebcamOptions(mirror=False),
-                            height=280,
                             buttons=[],
                             elem_id="video",
                         )
@@ -74,7 +74,6 @@ def make_page(
                             sources=["upload", "webcam"],
                             webcam_options=gr.WebcamOptions(mirror=False),
                             type="filepath",
-                            height=280,
                             buttons=[],
                             elem_id="picture",
                         )
@@ -137,6 +136,7 @@ def make_page(
         for event in (ask.click, question.submit):
             event(events.begin, question, begun, **quick).then(events.answer, [listen, *settings], ended, **answering)
         stop.click(events.stop, None, None, queue=False, **options)
-        forget.click(events.forget_chat, None, ended, **quick)
+        for event in (forget.click, chatbot.clear):
+            event(events.forget_chat, None, ended, **quick)
         page.unload(events.leave)
     return page.queue(max_size=64)
