@@ -11,6 +11,10 @@ from .events import PageEvents
 
 THEME = gr.themes.Soft(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace"))
 CSS = """
+/* would fetch FFmpeg from elsewhere */
+#video button[aria-label="Trim video to selection"], #video button[aria-label="Reset video to initial value"] {
+    display: none;
+}
 #video video, #picture img { max-height: 300px; }
 .frames { display: grid; grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)); gap: 6px; }
 .frames figure, .spectrogram figure { margin: 0; }
@@ -78,7 +82,7 @@ def make_page(
                             elem_id="picture",
                         )
                 # Pillow's own error for a broken file would name a path of this machine
-                picture.preprocess = lambda payload: payload and payload.path  # type: ignore[method-assign]
+                picture.preprocess = lambda payload: payload and payload.path
                 listen = gr.Checkbox(
                     listens and events.hears, label="Listen to the sound", visible=events.hears, elem_id="listen"
                 )
