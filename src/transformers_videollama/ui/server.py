@@ -53,11 +53,15 @@ class PageServer(uvicorn.Server):
             theme=THEME,
             css=CSS,
         )
-        # Open pages hold a connection each, which ends with the process
+        self._stop_event = app.routes[-1].app.stop_event
         super().__init__(
             uvicorn.Config(_Guard(app), log_level="error", ws="none", server_header=False, timeout_graceful_shutdown=1)
         )
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._stop_event.set()  # each open page holds a connection, which Gradio ends at this
+        await super().shutdown(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -80,11 +84,7 @@ class _Guard:
                 message = {**message, "headers": [*message.get("headers", []), *_HEADERS]}
             await send(message)
 
-        if (
-            scope["path"]
-            .lower()
-            .startswith(("/gradio_api/file=http:", "/gradio_api/file=https:", "/gradio_api/proxy="))
-        ):
+        if scope["path"].lower().startswith(_FETCHING):
             await send_with_headers({"type": "http.response.start", "status": 404})
             await send({"type": "http.response.body"})
             return
