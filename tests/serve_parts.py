@@ -1,4 +1,4 @@
-"""What the tests of `videollama serve` share: a small model with readable answers, media files, a host with them."""
+"""What the tests of `videollama serve` and `videollama ui` share: a model with readable answers, media, a host."""
 
 import base64
 import contextlib
@@ -9,6 +9,7 @@ import ssl
 import string
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,14 @@ def make_readable(source: Path, target: Path) -> Path:
     generation["suppress_tokens"] = [token for token in range(270) if token not in letters]
     (target / "generation_config.json").write_text(json.dumps(generation))
     return target
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for what is going to be."""
+    end = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 class Reference:

@@ -68,6 +68,22 @@ def test_turns_are_answered_as_without_a_cache_and_media_are_encoded_once(
     assert "".join(texts) == chat.messages[3]["content"][0]["text"]
 
 
+def test_turns_with_and_without_beams_follow_each_other(loaded: tuple[Any, Any]) -> None:
+    model, processor = loaded
+    chat = Conversation(*loaded)
+    texts: list[str] = []
+    chat.ask("What is shown?", [{"type": "video", "path": CLIP}], max_new_tokens=6, do_sample=False)
+    answer = chat.ask("Why?", on_text=texts.append, max_new_tokens=6, do_sample=False, num_beams=3)
+    assert texts == [answer] == [chat.messages[3]["content"][0]["text"]]
+    inputs = processor.apply_chat_template(
+        chat.messages[:3], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    output = model.generate(**inputs, max_new_tokens=6, do_sample=False, num_beams=3)
+    assert answer == processor.post_process_image_text_to_text(output[0, inputs["input_ids"].shape[1] :])
+    chat.ask("Where?", max_new_tokens=6, do_sample=False)
+    assert chat.messages[5]["content"][0]["text"] == alone(loaded, chat.messages[:5])
+
+
 def test_another_question_about_the_same_medium_does_not_read_it_again(
     loaded: tuple[Any, Any], encoded: list[str]
 ) -> None:

@@ -8,15 +8,14 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
-from serve_parts import MediaHost, Reference, data_url, make_readable, write_files
+from serve_parts import MediaHost, Reference, data_url, make_readable, until, write_files
 
 from transformers_videollama.cli import main
 
@@ -68,13 +67,6 @@ class Server:
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

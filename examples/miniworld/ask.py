@@ -18,13 +18,14 @@ from drawing import draw
 from language import QA, a, caption, questions
 from make_data import write_clip
 from model_file import MODEL, load_model
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from sounds import make_sound
 from transformers.utils.logging import disable_progress_bar
 from world import Scene, generator, sample_scene
 
 from transformers_videollama import VideoLlamaForConditionalGeneration, VideoLlamaProcessor
-from transformers_videollama.media import MediaError, has_audio, open_media, read_audio
+from transformers_videollama.media import MediaError, has_audio, open_media
+from transformers_videollama.ui.pictures import sampled_frames, spectrogram
 
 CLIP, SHEET = Path("miniworld.mp4"), Path("miniworld.png")
 MAX_NEW_TOKENS = 32
@@ -82,35 +83,21 @@ def contact_sheet(processor: VideoLlamaProcessor, video: str) -> Image.Image:
     """
     What the model is given of a video file: its frames in a row over the windows of its sound, unheard parts black.
     """
-    videos = processor.video_processor(video, do_normalize=False, return_metadata=True, return_tensors="pt")
-    frames = (videos["pixel_values_videos"][0] * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    times = videos["video_metadata"][0].timestamps
-    sound = read_audio(video) if has_audio(video) else None
+    frames = sampled_frames(processor, video)
     width = len(frames) * (SIDE + GAP) + GAP
+    sound = spectrogram(processor, video, width - 2 * GAP, SIDE)
     sheet = Image.new("RGB", (width, SIDE + 4 * GAP + (SIDE + 4 * GAP if sound else 0)))
     pen = ImageDraw.Draw(sheet)
-    for column, (frame, time) in enumerate(zip(frames, times, strict=False)):  # padding has no time
+    for column, (frame, time) in enumerate(frames):
         left = GAP + column * (SIDE + GAP)
-        sheet.paste(Image.fromarray(frame).resize((SIDE, SIDE), Image.Resampling.NEAREST), (left, GAP))
+        sheet.paste(frame.resize((SIDE, SIDE), Image.Resampling.NEAREST), (left, GAP))
         pen.text((left, SIDE + 2 * GAP), f"{time:.1f} s")
     if sound:
-        extractor = processor.feature_extractor
-        samples, rate = sound
-        seconds = samples.shape[1] / rate
-        heard = min(extractor.clip_duration, seconds)
-        windows = extractor(sound, return_tensors="pt")["input_features"][0]
-        num_columns = 1 + int((heard * 1000 - extractor.frame_length) / extractor.frame_shift)  # the rest is padding
-        windows = windows[:, :, :num_columns].flip(1)  # low pitches at the bottom
-        low, high = windows.min(), windows.max()
-        pixels = ((windows - low) / (high - low).clamp(min=1e-6) * 255).to(torch.uint8).numpy()
-        scale = (width - 2 * GAP) / seconds
+        picture, seconds = sound
         top = SIDE + 5 * GAP
-        for number, window in enumerate(pixels):
-            start = number * max(seconds - extractor.clip_duration, 0) / extractor.num_clips
-            picture = ImageOps.colorize(Image.fromarray(window), "#120030", "#fff6c0", mid="#c83c50")
-            size = (max(round(heard * scale), 1), SIDE)
-            sheet.paste(picture.resize(size, Image.Resampling.BILINEAR), (GAP + round(start * scale), top))
-        pen.text((GAP, top + SIDE + GAP), f"sound, 0 to {seconds:.1f} s; {extractor.feature_size} mel bins")
+        sheet.paste(picture, (GAP, top))
+        num_bins = processor.feature_extractor.feature_size
+        pen.text((GAP, top + SIDE + GAP), f"sound, 0 to {seconds:.1f} s; {num_bins} mel bins")
     return sheet
 
 

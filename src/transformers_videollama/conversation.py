@@ -80,8 +80,9 @@ class Conversation:
                 New media that it is about, as entries of a message's content: `{"type": "video", "path": …}`. To ask
                 several questions about a medium, each in a chat of its own, set `messages` back and give it again: it
                 is not read again.
-            on_text (`Callable[[str], None]`, *optional*): Is given the answer piece by piece while it is generated.
-            generate_kwargs: Arguments of `generate`.
+            on_text (`Callable[[str], None]`, *optional*):
+                Is given the answer piece by piece while it is generated; in one piece by a beam search.
+            generate_kwargs: Arguments of `generate`. A beam search (`num_beams`) keeps nothing in the cache.
 
         Returns:
             `str`: the answer.
@@ -92,9 +93,12 @@ class Conversation:
         message = {"role": "user", "content": [*media, {"type": "text", "text": question}]}
         messages = [*self.messages, message]
         ids = self._read(messages)
+        is_beam_search = generate_kwargs.get("num_beams", 1) > 1
+        if is_beam_search:
+            self._cached_ids = []  # one row cannot be continued as several
         known = self._keep_of_cache(ids)
         is_media_cached = not self._placeholders.intersection(ids[known:])
-        if on_text is not None:
+        if on_text is not None and not is_beam_search:
             generate_kwargs["streamer"] = AnswerStreamer(self.processor, on_text)
         self._cached_ids = []  # nothing is known of the cache if it is interrupted
         input_ids = torch.tensor([ids], device=self.model.device)
@@ -106,8 +110,11 @@ class Conversation:
             **generate_kwargs,
         )
         new_ids = output[0, len(ids) :]
-        self._cached_ids = (ids + new_ids.tolist())[: self._cache.get_seq_length()]
+        if not is_beam_search:
+            self._cached_ids = (ids + new_ids.tolist())[: self._cache.get_seq_length()]
         answer = str(self.processor.post_process_image_text_to_text(new_ids))
+        if on_text is not None and is_beam_search:
+            on_text(answer)
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         return answer
 

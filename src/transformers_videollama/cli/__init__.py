@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("ask", "chat", "caption", "batch", "serve", "convert", "train", "eval", "info")
+COMMANDS = ("ask", "chat", "caption", "batch", "serve", "ui", "convert", "train", "eval", "info")
 
 
 class UsageError(Exception):

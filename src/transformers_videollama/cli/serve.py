@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
         raise UsageError(f"{error}: pip install 'transformers_videollama[serve]'") from error
     if args.allow_local_files is not None and not args.allow_local_files.is_dir():
         raise UsageError(f"--allow-local-files: {args.allow_local_files} is no folder.")
-    with _bind(args.host, args.port) as listener:
+    with bind(args.host, args.port) as listener:
         serve(args, listener)
 
 
@@ -153,7 +153,7 @@ def model_name(args: argparse.Namespace) -> str:
     return Path(name).resolve().name if os.path.isdir(name) and args.served_model_name is None else name
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """A socket at the address. It listens when the model is there; that the address is free is known before."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,0 +1,91 @@
+"""The process's side of the page: HTTP, what browsers may load, and what is printed."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+
+from .page import CSS, THEME
+
+# A page that talks about somebody's video has no reason to load anything from elsewhere
+_POLICY = (
+    "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
+    "style-src 'self' 'unsafe-inline'; frame-ancestors 'self'"
+)
+_FETCHING = ("/gradio_api/file=http:", "/gradio_api/file=https:", "/gradio_api/proxy=")
+_HEADERS = [
+    (b"content-security-policy", _POLICY.encode()),
+    (b"referrer-policy", b"same-origin"),
+    (b"x-content-type-options", b"nosniff"),
+]
+
+
+class PageServer(uvicorn.Server):
+    """
+    Serves a page, and says where.
+
+    Args:
+        page (`gr.Blocks`): The page.
+        listener (`socket.socket`): Is bound to the address.
+        max_bytes (`int`): The largest upload.
+    """
+
+    def __init__(self, page: gr.Blocks, listener: socket.socket, max_bytes: int):
+        host, port = listener.getsockname()[:2]
+        app = gr.mount_gradio_app(
+            FastAPI(openapi_url=None),
+            page,
+            "/",
+            server_name=host,
+            server_port=port,
+            footer_links=[],
+            run_history=False,
+            show_error=False,
+            max_file_size=max_bytes,
+            ssr_mode=False,
+            enable_monitoring=False,
+            pwa=False,
+            mcp_server=False,
+            theme=THEME,
+            css=CSS,
+        )
+        self._stop_event = app.routes[-1].app.stop_event
+        super().__init__(
+            uvicorn.Config(_Guard(app), log_level="error", ws="none", server_header=False, timeout_graceful_shutdown=1)
+        )
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._stop_event.set()  # each open page holds a connection, which Gradio ends at this
+        await super().shutdown(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(f"The page is at {self.url}", flush=True)
+
+
+class _Guard:
+    """Adds headers to each response, and refuses to fetch other servers' files, which Gradio would do for anyone."""
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_with_headers(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", []), *_HEADERS]}
+            await send(message)
+
+        if scope["path"].lower().startswith(_FETCHING):
+            await send_with_headers({"type": "http.response.start", "status": 404})
+            await send({"type": "http.response.body"})
+            return
+        await self.app(scope, receive, send_with_headers)
