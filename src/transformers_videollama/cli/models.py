@@ -109,8 +109,8 @@ def find_model(name: str | None) -> tuple[str, dict[str, Any]]:
         return name, {}
     if not (MINIWORLD / "model" / "config.json").is_file():
         raise UsageError(
-            "No model was named, and the small trained one is in a clone of the repository only: give a converted "
-            "folder or a Hub id as --model."
+            "No model was named, and the small trained one is in a clone of the repository only: name a converted "
+            "folder or a Hub id."
         )
     sys.path.insert(0, str(MINIWORLD))
     from decoder import CACHE, find_decoder

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -102,29 +103,59 @@ class Answerer:
             for answer, tokens in zip(answers, output, strict=True)
         ]
 
-    @torch.inference_mode()
     def _likelihoods(self, prompts: list[list[int]], encoded: EncodedMedium | None) -> list[float]:
         """The natural logarithm of the probability of what prompts do not have in common."""
         shared = 0
         while len({tuple(prompt[: shared + 1]) for prompt in prompts}) == 1 and shared < len(prompts[0]) - 1:
             shared += 1
-        longest = max(map(len, prompts))
-        rows = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=self.model.device)
-        mask = torch.tensor(
-            [[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts], device=self.model.device
-        )
-        logits = self.model(
-            input_ids=rows,
-            attention_mask=mask,
-            logits_to_keep=longest - shared + 1,
-            **self._features(encoded, len(prompts)),
-        ).logits
-        predicted = logits[:, :-1].float().log_softmax(-1).gather(-1, rows[:, shared:, None])[..., 0]
-        return (predicted * mask[:, shared:]).sum(-1).tolist()
+        media = self._features(encoded, len(prompts))
+        return [ending.log_likelihood for ending in score_endings(self.model, prompts, shared, media)]
 
     def _features(self, encoded: EncodedMedium | None, number: int) -> dict[str, torch.Tensor]:
         features = {} if encoded is None else encoded.features
         return {name: value.expand(number, *value.shape[1:]) for name, value in features.items()}
+
+
+@dataclass(frozen=True)
+class Ending:
+    """
+    How likely a model takes the last tokens of a prompt to be.
+
+    Attributes:
+        log_likelihood (`float`): Natural logarithm of the probability of them all.
+        num_tokens (`int`): How many they are.
+        is_greedy (`bool`): Whether each of them is the likeliest one.
+    """
+
+    log_likelihood: float
+    num_tokens: int
+    is_greedy: bool
+
+
+@torch.inference_mode()
+def score_endings(model: Any, prompts: Sequence[list[int]], num_shared: int, media: dict[str, Any]) -> list[Ending]:
+    """
+    How likely prompts end as they do, in one forward.
+
+    Args:
+        model ([`VideoLlamaForConditionalGeneration`]): The model; for text alone also any causal language model.
+        prompts (`Sequence[list[int]]`): Token ids of each.
+        num_shared (`int`): Their ending is what follows so many tokens, 1 or more.
+        media (`dict`): What the model takes of the media of all prompts, in reading order.
+
+    Returns:
+        `list[Ending]`: of each prompt.
+    """
+    longest = max(map(len, prompts))
+    rows = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=model.device)
+    mask = torch.tensor([[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts], device=model.device)
+    output = model(input_ids=rows, attention_mask=mask, logits_to_keep=longest - num_shared + 1, **media)
+    logits = output.logits[:, :-1]
+    targets, counts = rows[:, num_shared:], mask[:, num_shared:]
+    predicted = logits.float().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    is_likeliest = (logits.argmax(-1) == targets) | (counts == 0)
+    columns = ((predicted * counts).sum(-1), counts.sum(-1), is_likeliest.all(-1))
+    return [Ending(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 def _without_padding(tokens: list[int], padding: int) -> list[int]:
