@@ -138,9 +138,9 @@ class VideoLlama(lmms):
                 continuation is an answer, or makes it of the document.
 
         Returns:
-            `list[GenerationResult]`: in each the pair of the loss, as all models of lmms-eval compute it (the mean
-            over the answer's tokens of the negative natural logarithm of their probability), and of whether the
-            answer is the likeliest one, token by token.
+            `list[GenerationResult]`: in each the pair of the loss, as lmms-eval's own models compute it (the mean over
+            the answer's tokens of the negative natural logarithm of their probability), and of whether the answer is
+            the likeliest one, token by token.
 
         Raises:
             MediaError: if a file cannot be used; the message names it.
