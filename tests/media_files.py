@@ -15,6 +15,7 @@ from pathlib import Path
 import av
 import numpy as np
 import torch
+from PIL import Image
 
 LEVEL_STEP = 8
 NUM_LEVELS = 256 // LEVEL_STEP
@@ -125,6 +126,19 @@ def _set_display_rotation(path: Path, degrees: int) -> None:
     matrix = [cosine, -sine, 0, sine, cosine, 0, 0, 0]
     struct.pack_into(">8i", data, data.find(b"tkhd") + 44, *(value << 16 for value in matrix))
     path.write_bytes(data)
+
+
+def write_damaged_image(path: Path) -> Path:
+    """Write a picture whose header is whole: of a PNG the name of the second block of data is none, others are cut."""
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+    data = path.read_bytes()
+    if path.suffix == ".png":
+        second = data.index(b"IDAT", data.index(b"IDAT") + 4)
+        path.write_bytes(data[:second] + bytes(4) + data[second + 4 :])
+    else:
+        path.write_bytes(data[: len(data) // 2])
+    return path
 
 
 def cut(path: Path, share: float) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import soundfile
-from media_files import tone, write_media
+from media_files import tone, write_damaged_image, write_media
 from PIL import Image
 
 from transformers_videollama import VideoLlamaForConditionalGeneration, VideoLlamaProcessor
@@ -76,7 +76,7 @@ class Reference:
 
 
 def write_files(folder: Path) -> Path:
-    """A folder with one medium of each kind."""
+    """A folder with media of each kind, and with some that are damaged."""
     folder.mkdir()
     for name in ("clip.mp4", "clip_silent.mp4"):
         shutil.copy(SYNTH / name, folder / name)
@@ -84,6 +84,10 @@ def write_files(folder: Path) -> Path:
     write_media(folder / "tone.mp3", num_frames=0, audio=tone(1.0), audio_codec="libmp3lame")
     Image.radial_gradient("L").resize((64, 48)).convert("RGB").save(folder / "picture.png")
     write_media(folder / "long.mp4", num_frames=80)  # 8 seconds
+    for name in ("damaged.png", "cut.jpg"):
+        write_damaged_image(folder / name)
+    for whole, name in (("clip.mp4", "broken.mp4"), ("tone.wav", "broken.wav")):
+        (folder / name).write_bytes((folder / whole).read_bytes()[:20])
     return folder
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from media_files import write_damaged_image
 
 from transformers_videollama import VideoLlamaForConditionalGeneration, VideoLlamaProcessor, save_trained_part
 from transformers_videollama.cli import COMMANDS, main
@@ -276,10 +277,37 @@ def test_wrong_lines_and_other_questions_are_refused(
         assert f"questions.jsonl:2: {message}" in capsys.readouterr().err
 
 
-def test_a_damaged_file_is_named(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "damaged.mp4").write_bytes(b"no video")
-    assert main(["ask", str(tmp_path / "damaged.mp4"), "What?", "--model", str(tiny_folder), *SHORT_ANSWERS]) == 1
-    assert "damaged.mp4 cannot be read" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["damaged.mp4", "damaged.wav", "damaged.png", "cut.jpg"])
+def test_a_damaged_file_is_named(
+    name: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / name
+    if name.endswith(("png", "jpg")):
+        write_damaged_image(path)
+    else:
+        path.write_bytes(b"no video")
+    assert main(["ask", str(path), "What?", "--model", str(tiny_folder), *SHORT_ANSWERS]) == 1
+    error = capsys.readouterr().err
+    assert f"{name} cannot be read" in error and error.count("\n") == 1
+
+
+def test_a_damaged_picture_does_not_end_a_batch(tiny_folder: Path, tmp_path: Path) -> None:
+    write_damaged_image(tmp_path / "damaged.png")
+    rows = [{"image": "damaged.png", "question": "What?"}, {"video": SILENT, "question": "What?"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "out.jsonl"
+    assert main(["batch", str(tmp_path / "in.jsonl"), str(output), "--model", str(tiny_folder), *SHORT_ANSWERS]) == 1
+    lines = {line["index"]: line for line in map(json.loads, output.read_text().splitlines())}
+    assert "damaged.png cannot be read as an image" in lines[0]["error"] and "answer" in lines[1]
+
+
+def test_the_list_of_commands_waits_for_no_library() -> None:
+    heavy = ("torch", "transformers", "av", "decord", "librosa", "gradio", "uvicorn")
+    code = (
+        f"import sys\nfrom transformers_videollama.cli import main\nmain([])\nprint({{*{heavy}}} & {{*sys.modules}})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.endswith("set()\n"), done.stdout + done.stderr
 
 
 def test_info_tells_the_parts_and_their_memory(

@@ -200,6 +200,43 @@ def test_a_killed_run_goes_on_and_ends_the_same(tiny_folder: Path, media: Path, 
         assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()
 
 
+def test_two_processes_share_an_evaluation_and_go_on_with_it(tiny_folder: Path, media: Path, tmp_path: Path) -> None:
+    """The report is that of one process, to the last bit."""
+    row = {"candidates": ["cat", "dog"], "answer": "dog"}
+    rows = [{**row, "video": f"vid{1 + n % 3}.mp4", "question": f"What is it{' there' * (n % 5)}?"} for n in range(12)]
+    file = tmp_path / "object_shuffle.json"
+    file.write_text(json.dumps(rows))
+
+    def options(output: str) -> list[str]:
+        folders = ["--media-root", media, "--output-dir", tmp_path / output, "--batch-size", 2]
+        return arguments(tiny_folder, "mvbench", "--annotations", file, *folders)
+
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    answers = tmp_path / "shared" / "answers.jsonl"
+
+    def evaluate_in_two_processes() -> list[str]:
+        """The lines of the answers."""
+        done = subprocess.run(
+            [*launch, "-m", "transformers_videollama", *options("shared")],
+            capture_output=True,
+            text=True,
+            timeout=500,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # as in the tests: sums depend on the number of threads
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == (tmp_path / "whole" / "table.md").read_text()
+        assert (tmp_path / "shared" / "results.json").read_text() == (tmp_path / "whole" / "results.json").read_text()
+        assert Answers(answers).records == Answers(tmp_path / "whole" / "answers.jsonl").records
+        lines = answers.read_text().splitlines()
+        assert len(lines) == len(rows)  # nobody answered what another did
+        return lines
+
+    assert main(options("whole")) == 0
+    lines = evaluate_in_two_processes()
+    answers.write_text("\n".join([*lines[:3], lines[3][:10]]))  # killed in the midst of a line
+    assert evaluate_in_two_processes()[:3] == lines[:3]
+
+
 def test_other_settings_questions_and_weights_are_refused(
     evaluate: Evaluate, tiny_folder: Path, media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

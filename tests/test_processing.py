@@ -12,7 +12,7 @@ import jinja2.nodes
 import numpy as np
 import pytest
 import torch
-from media_files import tone, write_media
+from media_files import tone, write_damaged_image, write_media
 from PIL import Image
 from tokenizers import pre_tokenizers
 from transformers import AutoProcessor, AutoTokenizer, LlamaTokenizer
@@ -532,9 +532,18 @@ def test_bad_media_errors_come_through(processor, tmp_path):
     for path, tokenize in [(str(tmp_path / "missing.mp4"), True), (str(broken), True), (str(broken), False)]:
         with pytest.raises(MediaError, match=Path(path).name):
             processor.apply_chat_template([user(video(path))], tokenize=tokenize)
-    for path in (tmp_path / "missing.png", broken):
-        with pytest.raises(MediaError, match=f"{path.name} cannot be read as an image"):
-            inputs_of(processor, user({"type": "image", "path": path}))
+    damaged, cut = (write_damaged_image(tmp_path / name) for name in ("damaged.png", "cut.jpg"))
+    for source, message in [
+        (tmp_path / "missing.png", "missing.png does not exist"),
+        (broken, "broken.mp4 cannot be read as an image"),
+        (damaged, "damaged.png cannot be read as an image: broken PNG file"),
+        (cut, "cut.jpg cannot be read as an image: image file is truncated"),
+        (damaged.read_bytes(), "bytes> cannot be read as an image: broken PNG file"),
+        ("data:image/png;base64,a?b", "does not hold valid base64"),
+        ("ftp://example.org/a.png", "only http:// and https://"),
+    ]:
+        with pytest.raises(MediaError, match=message):
+            inputs_of(processor, user({"type": "image", "path": source}))
     with pytest.raises(MediaError, match="clip_silent.mp4"):
         inputs_of(processor, user({"type": "audio", "path": SILENT}))
 

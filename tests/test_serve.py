@@ -18,6 +18,11 @@ import pytest
 from serve_parts import MediaHost, Reference, data_url, make_readable, until, write_files
 
 from transformers_videollama.cli import main
+from transformers_videollama.cli.serve import allowed_hosts
+from transformers_videollama.serving.chat_request import read_chat_request
+from transformers_videollama.serving.errors import RequestError
+from transformers_videollama.serving.fetching import FetchRules
+from transformers_videollama.serving.preparation import Preparation
 
 pytestmark = pytest.mark.xdist_group("serve")  # the tests share their servers, and the last one ends one
 KEY = "a secret"
@@ -93,9 +98,10 @@ def servers(model_folder: Path, files: Path, tmp_path_factory: pytest.TempPathFa
     allowed = ["--allow-private-addresses", "--allow-local-files", str(files)]
     patience = ["--fetch-timeout", "200", "--batch-window", "0.2"]
     model = ["--model", str(model_folder), "--max-new-tokens", "12"]
+    other = ["--served-model-name", "me/another", "--system-prompt", "Be brief.", "--allowed-host", "*.example.org"]
     servers = [
         Server(folder / "open", *model, *allowed, *limits, *patience, VIDEOLLAMA_API_KEY=KEY),
-        Server(folder / "closed", *model, "--served-model-name", "me/another", "--system-prompt", "Be brief."),
+        Server(folder / "closed", *model, *other),
     ]
     try:
         for server in servers:
@@ -335,6 +341,11 @@ HALF_A_CHARACTER = rb'{"model": "readable", "messages": [{"role": "user", "conte
         ({"messages": [user(url_part("video", "HOST/long.mp4"))]}, 413, "longer than the 6 seconds"),
         ({"messages": [user(url_part("video", "HOST/picture.png"))]}, 400, "The video of http"),
         ({"messages": [user(url_part("image", "data:image/png;base64,aGVsbG8="))]}, 400, "The image of data:image/png"),
+        ({"messages": [user(url_part("image", "data:image/png;base64,a?b"))]}, 400, "data:image/png;base64,a?b… does not hold valid base64"),
+        ({"messages": [user(url_part("image", "HOST/damaged.png"))]}, 400, "damaged.png cannot be read as an image: broken PNG"),
+        ({"messages": [user(url_part("image", "HOST/cut.jpg"))]}, 400, "cut.jpg cannot be read as an image: image file is truncated"),
+        ({"messages": [user(url_part("video", "HOST/broken.mp4"))]}, 400, "broken.mp4 cannot be read: it is no media file"),
+        ({"messages": [user(url_part("audio", "HOST/broken.wav"))]}, 400, "broken.wav cannot be read: it is no media file"),
         ({"messages": [user(url_part("image", "data:,%21PS-Adobe-3.0 EPSF-3.0%0A%25%25BoundingBox: 0 0 9 9"))]}, 400, "no image of a known kind"),
         ({"messages": [user(url_part("image", f"data:,{'x' * 3_000_000}"))]}, 413, "The request has more than"),
         ({"messages": [user("word " * 400)]}, 400, "the model was made for 512 in all"),
@@ -400,6 +411,52 @@ def test_what_is_refused_unless_it_is_allowed(servers: list[Server], host: Media
             )
         assert refused.value.code == "media_not_allowed", url
     assert not host.requests
+
+
+def test_decoding_that_takes_too_long(reference: Reference, files: Path) -> None:
+    rules = FetchRules(10**6, 30, local_folder=files)
+    limits = {"num_threads": 1, "max_files": 1, "max_seconds": 6, "context_length": 512}
+    preparation = Preparation(reference.processor, rules, **limits, max_decoding_seconds=0)
+    for kind, name in (("video", "clip_silent.mp4"), ("audio", "tone.wav")):
+        chat = read_chat_request({"model": "readable", "messages": [user(url_part(kind, name), "What?")]})
+        with pytest.raises(
+            RequestError, match=f"The {kind} of {name} takes longer to be decoded than the 0"
+        ) as raised:
+            preparation.submit(chat, lambda: False).result()
+        assert raised.value.status == 400 and raised.value.code == "invalid_media"
+    preparation.close()
+
+
+def test_only_known_hosts_are_answered(servers: list[Server]) -> None:
+    """A page in a browser can give its own name the address of this machine; its requests then name that host."""
+    for server, host, status in [
+        (servers[0], "127.0.0.1", 200),
+        (servers[0], "localhost:8000", 200),
+        (servers[0], "[::1]:8000", 200),
+        (servers[0], "page.example.org", 400),
+        (servers[0], "localhost.example.org:8000", 400),
+        (servers[1], "page.example.org", 200),
+        (servers[1], "example.net", 400),
+        (servers[1], "LocalHost", 200),
+    ]:
+        for path in ("/health", "/v1/models"):
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
+            with contextlib.closing(connection):
+                connection.request("GET", path, headers={"Host": host, "Authorization": f"Bearer {KEY}"})
+                assert connection.getresponse().status == status, (host, path)
+
+
+def test_which_hosts_are_known() -> None:
+    assert allowed_hosts("0.0.0.0", []) == ["*"]
+    assert {"localhost", "192.168.0.2", "gpu"} < set(allowed_hosts("192.168.0.2", ["gpu"]))
+    assert "*" not in allowed_hosts("0.0.0.0", ["gpu"]) and "*" not in allowed_hosts("::1", [])
+
+
+@pytest.mark.parametrize("name", ["http://gpu", "gpu:8000", "a.*", ""])
+def test_what_is_no_host(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--allowed-host", name])
+    assert "must be a host without scheme and port" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

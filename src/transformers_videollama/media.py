@@ -26,12 +26,14 @@ import io
 import math
 import os
 import tempfile
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from array import array
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard
@@ -71,6 +73,31 @@ _MAX_MISSING_SOUND_SECONDS = 0.5
 
 class MediaError(ValueError):
     """A media file cannot be used. The message names the file, what is wrong with it, and what to do."""
+
+
+_time_limit: ContextVar[tuple[float, float] | None] = ContextVar("time_limit", default=None)  # when it ends; seconds
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Generator[None]:
+    """
+    Limits the time that the thread decodes in a `with` block: then the functions below raise a `MediaError`. They ask
+    the clock between packets, so that one that is being decoded is finished.
+    """
+    token = _time_limit.set((time.monotonic() + seconds, seconds))
+    try:
+        yield
+    finally:
+        _time_limit.reset(token)
+
+
+def _check_time(container: InputContainer) -> None:
+    limit = _time_limit.get()
+    if limit is not None and time.monotonic() > limit[0]:
+        raise MediaError(
+            f"{container.name} takes longer to be decoded than the {limit[1]:g} seconds that there are. Cut it, or "
+            "make its frames smaller."
+        )
 
 
 class _IndexMismatch(Exception):
@@ -474,6 +501,7 @@ def _decoded_frames(
     packets = container.demux(stream)
     feeding, is_end = start is None, False
     while not is_end:
+        _check_time(container)
         try:
             packet = next(packets)
             # Seeking may land earlier than asked for; what comes before the key frame is not needed
@@ -790,6 +818,7 @@ def read_audio(source: MediaSource) -> tuple[np.ndarray, int] | None:
         num_errors, resampler = 0, None
         packets = container.demux(stream)
         while True:
+            _check_time(container)
             try:
                 frames = stream.decode(next(packets))
             except (StopIteration, av.error.EOFError):

@@ -26,7 +26,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from .chat_templates import CHAT_TEMPLATES, STOP_STRINGS
-from .media import MediaError, describe_source, has_audio, is_opened, open_media
+from .media import MediaError, has_audio, is_opened, open_media
 
 REPEATED_ROLE = "Assistant:"
 """What a model may begin its answer with, and what is no part of it."""
@@ -582,16 +582,18 @@ def read_image(source: Any) -> Any:
         `PIL.Image.Image` in RGB, upright.
 
     Raises:
-        MediaError: the file cannot be read; the message names it.
+        MediaError: the file is not there, or cannot be read; the message names it.
     """
     if not isinstance(source, (str, os.PathLike, bytes)):
         return source
     from PIL import Image
 
-    try:
-        return load_image(Image.open(io.BytesIO(source)) if isinstance(source, bytes) else os.fspath(source))
-    except (OSError, ValueError) as error:
-        raise MediaError(f"{describe_source(source)} cannot be read as an image: {error}") from error
+    with open_media(source) as media:
+        try:
+            with Image.open(media.path or io.BytesIO(media.data or b"")) as image:
+                return load_image(image)
+        except Exception as error:  # damage makes Pillow raise a SyntaxError, a struct.error, an EOFError and others
+            raise MediaError(f"{media.name} cannot be read as an image: {error}") from error
 
 
 def frame_timestamps(metadata: VideoMetadata) -> list[float] | None:

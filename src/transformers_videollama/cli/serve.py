@@ -11,14 +11,17 @@ Ctrl-C let the requests that were taken be answered; a second one stops the serv
 import argparse
 import logging
 import os
+import re
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from . import UsageError, make_parser
 from .models import add_generation_arguments, add_model_arguments, load_model, positive, processor_arguments
 
 HELP = "answer questions over HTTP, as the OpenAI API does"
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _MEGABYTE = 10**6
 
 
@@ -44,6 +47,7 @@ def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine)")
     group.add_argument("--port", type=int, default=8000, help="0 for any that is free (default: %(default)s)")
+    add_allowed_host_argument(group)
     group.add_argument(
         "--api-key",
         default=os.environ.get("VIDEOLLAMA_API_KEY") or None,
@@ -89,6 +93,13 @@ def _add_request_arguments(parser: argparse.ArgumentParser) -> None:
         help="for all files of a request to be fetched (default: %(default)s)",
     )
     group.add_argument(
+        "--decode-timeout",
+        type=positive,
+        default=120,
+        metavar="SECONDS",
+        help="for all files of a request to be decoded (default: %(default)s)",
+    )
+    group.add_argument(
         "--allow-local-files", type=Path, metavar="FOLDER", help="open files in this folder by their paths"
     )
     group.add_argument(
@@ -120,6 +131,7 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
         num_threads=args.workers,
         max_files=args.max_files,
         max_seconds=args.max_media_seconds,
+        max_decoding_seconds=args.decode_timeout,
         context_length=model.config.text_config.max_position_embeddings,
         system_prompt=args.system_prompt,
         **processor_arguments(args),
@@ -137,11 +149,11 @@ def serve(args: argparse.Namespace, listener: socket.socket) -> None:
         seed=args.seed,
         api_key=args.api_key,
     )
-    if args.api_key is None and args.host not in ("127.0.0.1", "::1", "localhost"):
+    if args.api_key is None and args.host not in LOOPBACK:
         print("Anyone who reaches this server can use it: set VIDEOLLAMA_API_KEY.", file=sys.stderr)
     batcher.start()
     try:
-        Server(service, listener).run([listener])
+        Server(service, listener, allowed_hosts(args.host, args.allowed_host)).run([listener])
     finally:
         preparation.close()
         batcher.close()
@@ -163,6 +175,46 @@ def bind(host: str, port: int) -> socket.socket:
         listener.close()
         raise UsageError(f"Cannot listen at {host}, port {port}: {error}.") from error
     return listener
+
+
+def add_allowed_host_argument(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--allowed-host",
+        type=_host_name,
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name by which the server is asked, beside those of this machine; may be given several times, "
+        "*.example.org and * go, too (default: none if only this machine reaches it, else any)",
+    )
+
+
+def allowed_hosts(host: str, names: Sequence[str]) -> list[str]:
+    """
+    The hosts that requests may name. A page in a browser can give its own name the address of a server that only this
+    machine reaches, which would then answer the page: its requests name the page's host.
+
+    Args:
+        host (`str`): What the server listens at.
+        names (`Sequence[str]`): Further hosts. Where there are none, others than this machine may use any, because
+            nobody knows what they call it.
+
+    Returns:
+        `list[str]`: for Starlette's `TrustedHostMiddleware`.
+    """
+    if host not in LOOPBACK and not names:
+        return ["*"]
+    # "[" is what older versions of Starlette read of an IPv6 address, which no page has for a name
+    return ["localhost", "127.0.0.1", "[::1]", "[", f"[{host}]" if ":" in host else host, *names]
+
+
+def _host_name(text: str) -> str:
+    """A host without scheme and port, as `argparse` reads it."""
+    if not re.fullmatch(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*|\[[0-9a-fA-F:.]+\]", text):
+        raise argparse.ArgumentTypeError(
+            f"must be a host without scheme and port, such as gpu.example.org or *.example.org, but is {text}"
+        )
+    return text
 
 
 def _not_negative(text: str) -> float:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from . import UsageError, make_parser
 from .models import MINIWORLD, add_generation_arguments, add_model_arguments, load_model, positive
-from .serve import bind
+from .serve import LOOPBACK, add_allowed_host_argument, allowed_hosts, bind
 
 HELP = "talk about videos on a page in the browser"
 _MEGABYTE = 2**20
@@ -30,6 +30,7 @@ def main(argv: list[str]) -> None:
     group = parser.add_argument_group("page")
     group.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine)")
     group.add_argument("--port", type=int, default=7860, help="0 for any that is free (default: %(default)s)")
+    add_allowed_host_argument(group)
     group.add_argument(
         "--max-file-mb", type=positive, default=100, help="megabytes of the largest upload (default: %(default)s)"
     )
@@ -80,9 +81,10 @@ def show_page(args: argparse.Namespace, listener: socket.socket, folder: Path) -
         top_p=args.top_p,
         listens=not args.no_audio,
     )
-    if args.host not in ("127.0.0.1", "::1", "localhost"):
+    if args.host not in LOOPBACK:
         print("Anyone who reaches this page can use it.", file=sys.stderr)
     try:
-        PageServer(page, listener, args.max_file_mb * _MEGABYTE).run([listener])
+        hosts = allowed_hosts(args.host, args.allowed_host)
+        PageServer(page, listener, args.max_file_mb * _MEGABYTE, hosts).run([listener])
     finally:
         events.close()

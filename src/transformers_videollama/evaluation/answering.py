@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import set_seed
 
 from ..conversation import prompt_ids
@@ -181,9 +182,11 @@ def answer_missing(
     ask: Callable[[Sequence[Item], EncodedMedium | None], list[dict[str, Any]]],
     files: MediaFiles | None,
     encoder: MediumEncoder | None,
+    state: PartialState,
 ) -> None:
     """
-    Answers the questions that have no answer yet, and writes down why where a medium cannot be used.
+    Answers the questions that have no answer yet, and writes down why where a medium cannot be used. Each process
+    answers its share of them, and knows all answers at the end.
 
     A batch of which some answers are there is asked again as a whole, so that an interrupted run gives the same
     answers to the last bit as one that was not; those that were there are kept.
@@ -194,15 +197,24 @@ def answer_missing(
         batch_size (`int`): Questions at a time.
         ask (`Callable`): Gives a record for each of a batch of questions and their encoded medium.
         files (`MediaFiles`, *optional*), encoder (`MediumEncoder`, *optional*): Of the media, if there are any.
+        state (`PartialState`): Which of the processes this one is.
     """
     from tqdm import tqdm
 
     missing = {item.id for item in items if item.id not in answers.records}
-    with tqdm(total=len(missing), desc=answers.path.stem, unit="question") as bar:
-        for batch in batches_by_medium(items, batch_size):
-            own = [item.id for item in batch if item.id in missing]
-            if not own:
-                continue
+    batches = [batch for batch in batches_by_medium(items, batch_size) if any(item.id in missing for item in batch)]
+    state.wait_for_everyone()  # nobody writes before all know what is missing
+    # Shares of batches after each other, which cut the questions about few media
+    with (
+        state.split_between_processes(batches) as share,
+        tqdm(
+            total=sum(item.id in missing for batch in share for item in batch),
+            desc=answers.path.stem,
+            unit="question",
+            disable=not state.is_main_process,
+        ) as bar,
+    ):
+        for batch in share:
             medium = batch[0].medium
             try:
                 encoded = None
@@ -213,5 +225,8 @@ def answer_missing(
             else:
                 records = ask(batch, encoded)
             lines = [{"id": item.id, **record} for item, record in zip(batch, records, strict=True)]
-            answers.append([line for line in lines if line["id"] in missing])
-            bar.update(len(own))
+            lines = [line for line in lines if line["id"] in missing]
+            answers.append(lines)
+            bar.update(len(lines))
+    state.wait_for_everyone()
+    answers.read()

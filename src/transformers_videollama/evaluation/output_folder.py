@@ -23,10 +23,15 @@ class Answers:
 
     def __init__(self, path: Path, retry_errors: bool = False):
         self.path = path
+        self.records: dict[str, dict[str, Any]] = {}
         cut_unfinished_line(path)
-        self.records: dict[str, dict[str, Any]] = {record["id"]: record for record in read_lines(path)}
+        self.read()
         if retry_errors:
             self.records = {id_: record for id_, record in self.records.items() if "error" not in record}
+
+    def read(self) -> None:
+        """Reads what is in the file, to which other processes may have added."""
+        self.records = {record["id"]: record for record in read_lines(self.path)}
 
     def append(self, records: list[dict[str, Any]]) -> None:
         """Adds records and writes them down."""
@@ -60,6 +65,8 @@ def keep_settings(folder: Path, settings: dict[str, Any]) -> None:
         raise ValueError(
             f"{folder} holds an evaluation with other settings: {'; '.join(different)}. Give another folder."
         )
+    if settings.keys() <= known.keys():  # nothing is written by those who come after another process
+        return
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps({**known, **settings}, indent=2, ensure_ascii=False) + "\n")
 

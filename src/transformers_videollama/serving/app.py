@@ -8,11 +8,13 @@ import logging
 import random
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -158,8 +160,8 @@ class Service:
             )
 
 
-def make_app(service: Service) -> Starlette:
-    """The application, for an ASGI server."""
+def make_app(service: Service, allowed_hosts: Sequence[str]) -> Starlette:
+    """The application, for an ASGI server. Requests that name another host than those that are allowed get 400."""
 
     async def health(request: Request) -> Response:
         status = "shutting down" if service.is_draining else "ok"
@@ -182,6 +184,7 @@ def make_app(service: Service) -> Starlette:
             Route("/v1/models/{name:path}", show_model),
             Route("/v1/chat/completions", ChatCompletions(service), methods=["POST"]),
         ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts, www_redirect=False)],
         exception_handlers={RequestError: _show_error, HTTPException: _show_http_error, Exception: _show_failure},
     )
 

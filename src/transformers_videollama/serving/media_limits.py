@@ -46,11 +46,12 @@ def _check_image(path: Path) -> None:
 
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
-            _check_pixels(image.width, image.height)
+            width, height = image.size
     except Image.DecompressionBombError as error:
         raise _too_large(f"an image has more than {MAX_PIXELS} pixels") from error
-    except OSError as error:
+    except Exception as error:  # damage makes Pillow raise a SyntaxError, a struct.error, an EOFError and others
         raise MediaError(f"{path} is no image of a known kind: {', '.join(IMAGE_FORMATS)}.") from error
+    _check_pixels(width, height)
 
 
 def _check_container(container: Any, max_seconds: float) -> None:

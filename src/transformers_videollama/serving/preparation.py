@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 
-from ..media import MediaError
+from ..media import MediaError, time_limit
 from ..processing_video_llama import VideoLlamaProcessor
 from .chat_request import ChatRequest
 from .errors import RequestError
@@ -29,6 +29,7 @@ class Preparation:
         num_threads (`int`): How many requests are prepared at a time.
         max_files (`int`): The most files of a request.
         max_seconds (`float`): The longest video or sound.
+        max_decoding_seconds (`float`): The longest that the media of a request may take to be decoded.
         context_length (`int`): The tokens of prompt and answer together that the decoder was made for.
         system_prompt (`str`, *optional*): What comes before the first question of requests without a system message.
         processor_kwargs: Further arguments of [`~VideoLlamaProcessor.apply_chat_template`].
@@ -41,6 +42,7 @@ class Preparation:
         num_threads: int,
         max_files: int,
         max_seconds: float,
+        max_decoding_seconds: float,
         context_length: int,
         system_prompt: str | None = None,
         **processor_kwargs: Any,
@@ -48,6 +50,7 @@ class Preparation:
         self.rules = rules
         self.max_files = max_files
         self.max_seconds = max_seconds
+        self.max_decoding_seconds = max_decoding_seconds
         self.context_length = context_length
         self.system_prompt = system_prompt
         self.processor_kwargs = processor_kwargs
@@ -105,14 +108,16 @@ class Preparation:
                 return {"type": entry["type"], "path": str(path)}
 
             try:
-                inputs = self._local.processor.apply_chat_template(
-                    [{**message, "content": [read_entry(e) for e in message["content"]]} for message in messages],
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=True,
-                    return_tensors="pt",
-                    **self.processor_kwargs,
-                )
+                chat = [{**message, "content": [read_entry(e) for e in message["content"]]} for message in messages]
+                with time_limit(self.max_decoding_seconds):
+                    inputs = self._local.processor.apply_chat_template(
+                        chat,
+                        add_generation_prompt=True,
+                        tokenize=True,
+                        return_dict=True,
+                        return_tensors="pt",
+                        **self.processor_kwargs,
+                    )
             except (MediaError, TemplateError, ValueError) as error:
                 message = str(error)
                 for path, name in names.items():

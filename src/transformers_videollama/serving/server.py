@@ -1,6 +1,7 @@
 """The process's side of the server: what it does when it begins to listen, and at signals."""
 
 import socket
+from collections.abc import Sequence
 from types import FrameType
 
 import uvicorn
@@ -16,10 +17,12 @@ class Server(uvicorn.Server):
     Args:
         service ([`Service`]): Answers the requests.
         listener (`socket.socket`): Is bound to the address.
+        allowed_hosts (`Sequence[str]`): The hosts that requests may name.
     """
 
-    def __init__(self, service: Service, listener: socket.socket):
-        super().__init__(uvicorn.Config(make_app(service), lifespan="off", ws="none", server_header=False))
+    def __init__(self, service: Service, listener: socket.socket, allowed_hosts: Sequence[str]):
+        app = make_app(service, allowed_hosts)
+        super().__init__(uvicorn.Config(app, lifespan="off", ws="none", server_header=False))
         self.service = service
         self.listener = listener
 

@@ -215,7 +215,7 @@ class SampleBuilder:
             return cached["features"].float(), None if is_image else cached["timestamps"]
         try:
             return (self.read_image(path, generator), None) if is_image else self.read_video(path, generator)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError) as error:
             raise SampleError(str(error), path) from error
 
     def read_video(self, path: str, generator: torch.Generator) -> tuple[torch.Tensor, list[float] | None]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from ..conversation import Conversation, prompt_ids
-from ..media import MediaError
+from ..media import MediaError, time_limit
 from ..serving.errors import RequestError
 from ..serving.media_limits import check_media
 from .answering import Answerer
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ..processing_video_llama import VideoLlamaProcessor
 
 logger = logging.getLogger(__name__)
+DECODING_SECONDS = 120
+"""The longest that a medium may take to be decoded, which is done again when it is asked about."""
 _SPECTROGRAM_SIZE = (1024, 128)  # pixels
 
 
@@ -94,8 +96,9 @@ class PageEvents:
             return (gr.skip(),) * 4
         try:
             check_media(kind, medium.path, self.max_seconds)
-            view = self._view(medium)
-        except (MediaError, RequestError, OSError) as error:
+            with time_limit(DECODING_SECONDS):
+                view = self._view(medium)
+        except (RequestError, ValueError, OSError) as error:  # a MediaError is a ValueError
             self.visitors.give(visitor, None)
             self.visitors.remove(medium.path)
             return None, "", show_notice(_without_folder(error, medium)), []
@@ -149,11 +152,11 @@ class PageEvents:
         max_new_tokens: float,
         request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:
-        """Answers the question that was taken, piece by piece: `[chatbot, notice, ask, stop]`."""
+        """Answers the question that was taken, piece by piece: `[question, chatbot, notice, ask, stop]`."""
         visitor = self.visitors[str(request.session_hash)]
         turn = visitor.pending
         if turn is None or visitor.medium is None:
-            yield (gr.skip(),) * 4
+            yield (gr.skip(),) * 5
             return
         notice = ""
         try:
@@ -168,7 +171,7 @@ class PageEvents:
                 if visitor.pending is not turn:  # a new chat has begun
                     return
                 turn.answer = text
-                yield visitor.messages(), gr.skip(), gr.skip(), gr.skip()
+                yield gr.skip(), visitor.messages(), gr.skip(), gr.skip(), gr.skip()
         except (MediaError, RequestError, ValueError) as error:
             notice = show_notice(_without_folder(error, visitor.medium))
         except Exception:
@@ -178,9 +181,11 @@ class PageEvents:
             turn.is_stopped.set()  # nobody waits for it any longer
             if visitor.pending is turn:
                 visitor.pending = None
+        refused = gr.skip()
         if turn.answer == "" and turn in visitor.turns:
             visitor.turns.remove(turn)
-        yield visitor.messages(), notice, gr.update(visible=True), gr.update(visible=False)
+            refused = turn.question  # to be asked again
+        yield refused, visitor.messages(), notice, gr.update(visible=True), gr.update(visible=False)
 
     def _prepare_chat(
         self, visitor: Visitor, listens: bool, question: str, max_new_tokens: int

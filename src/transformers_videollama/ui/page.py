@@ -16,6 +16,8 @@ CSS = """
     display: none;
 }
 #video video, #picture img { max-height: 300px; }
+#video .wrap:has(> .unplayable) > :not(.unplayable) { display: none; }
+#video .unplayable { padding: 48px 16px 16px; text-align: center; }
 .frames { display: grid; grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)); gap: 6px; }
 .frames figure, .spectrogram figure { margin: 0; }
 .frames img, .spectrogram img { width: 100%; border-radius: 4px; display: block; }
@@ -28,6 +30,21 @@ CSS = """
 #notice [role=alert] {
     padding: 10px 14px; border-radius: 8px; border: 1px solid #d97706; background: #fef3c7; color: #78350f;
 }
+"""
+# Gradio calls it an error where the browser cannot play a file, which the model may see nevertheless
+HEAD = """
+<script>
+document.addEventListener("error", (event) => {
+    const player = event.target instanceof HTMLVideoElement && event.target.closest("#video .wrap");
+    if (!player) return;
+    event.stopPropagation();
+    if (player.querySelector(".unplayable")) return;
+    const note = document.createElement("p");
+    note.className = "unplayable";
+    note.textContent = "Your browser cannot play this file. Below is what the model is given.";
+    player.append(note);
+}, true);
+</script>
 """
 _DAY = 24 * 60 * 60
 
@@ -137,8 +154,11 @@ def make_page(
         quick = {"concurrency_limit": None, "show_progress": "hidden", **options}
         # The model is one: whose turn it is not sees how many are before
         answering = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "minimal", **options}
+        answering["show_progress_on"] = chatbot
         for event in (ask.click, question.submit):
-            event(events.begin, question, begun, **quick).then(events.answer, [listen, *settings], ended, **answering)
+            event(events.begin, question, begun, **quick).then(
+                events.answer, [listen, *settings], [question, *ended], **answering
+            )
         stop.click(events.stop, None, None, queue=False, **options)
         for event in (forget.click, chatbot.clear):
             event(events.forget_chat, None, ended, **quick)

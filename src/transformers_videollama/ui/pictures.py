@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ..media import has_audio, read_audio
+from ..processing_video_llama import read_image
 
 if TYPE_CHECKING:
     from ..processing_video_llama import VideoLlamaProcessor
@@ -38,9 +39,8 @@ def sampled_frames(
 
 
 def seen_image(processor: VideoLlamaProcessor, path: str | Path) -> Image.Image:
-    """An image file as the model sees it. Raises `OSError` if it cannot be decoded."""
-    with Image.open(path) as image:
-        images = processor.image_processor(image.convert("RGB"), do_normalize=False, return_tensors="pt")
+    """An image file as the model sees it. Raises `MediaError` if it cannot be decoded."""
+    images = processor.image_processor(read_image(path), do_normalize=False, return_tensors="pt")
     return _picture(images["pixel_values"][0])
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from .page import CSS, THEME
+from .page import CSS, HEAD, THEME
 
 # A page that talks about somebody's video has no reason to load anything from elsewhere
 _POLICY = (
@@ -32,9 +34,10 @@ class PageServer(uvicorn.Server):
         page (`gr.Blocks`): The page.
         listener (`socket.socket`): Is bound to the address.
         max_bytes (`int`): The largest upload.
+        allowed_hosts (`Sequence[str]`): The hosts that requests may name. Gradio itself answers any.
     """
 
-    def __init__(self, page: gr.Blocks, listener: socket.socket, max_bytes: int):
+    def __init__(self, page: gr.Blocks, listener: socket.socket, max_bytes: int, allowed_hosts: Sequence[str]):
         host, port = listener.getsockname()[:2]
         app = gr.mount_gradio_app(
             FastAPI(openapi_url=None),
@@ -52,10 +55,12 @@ class PageServer(uvicorn.Server):
             mcp_server=False,
             theme=THEME,
             css=CSS,
+            head=HEAD,
         )
         self._stop_event = app.routes[-1].app.stop_event
+        guarded = TrustedHostMiddleware(_Guard(app), allowed_hosts, www_redirect=False)
         super().__init__(
-            uvicorn.Config(_Guard(app), log_level="error", ws="none", server_header=False, timeout_graceful_shutdown=1)
+            uvicorn.Config(guarded, log_level="error", ws="none", server_header=False, timeout_graceful_shutdown=1)
         )
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
