@@ -36,7 +36,7 @@ from typing import Any
 import torch
 import transformers
 from decoder import CACHE, find_decoder
-from language import FAMILIES, QA, SOUND_FAMILIES, normalise, questions
+from language import FAMILIES, QA, SOUND_FAMILIES, YES_NO_FAMILIES, normalise, questions
 from make_data import clip_name, render_clip, sample_scenes
 from model_file import MODEL, load_model
 from tqdm import tqdm
@@ -56,7 +56,6 @@ CONDITIONS: dict[str, tuple[str, ...]] = {
     "shuffled": FRAMES_MATTER,
     "muted": SOUND_FAMILIES,
 }
-YES_NO = ("see", "hear_presence", "match")
 
 
 @dataclass(frozen=True)
@@ -105,8 +104,8 @@ TEXT_QUESTIONS = (
 def choose_questions(num_questions: int, seed: int) -> list[Question]:
     """The first `num_questions` of each family, from one clip after another, half of them "No." where the answer is
     yes or no. A larger number only adds to a smaller one."""
-    limits = {name: num_questions for name in FAMILIES if name not in YES_NO}
-    limits |= {f"{name} {answer}": num_questions // 2 for name in YES_NO for answer in ("Yes.", "No.")}
+    limits = {name: num_questions for name in FAMILIES if name not in YES_NO_FAMILIES}
+    limits |= {f"{name} {answer}": num_questions // 2 for name in YES_NO_FAMILIES for answer in ("Yes.", "No.")}
     counts: Counter[str] = Counter()
     chosen = []
     index = 0
@@ -121,7 +120,7 @@ def choose_questions(num_questions: int, seed: int) -> list[Question]:
                     continue
                 if item.family in SOUND_FAMILIES and not scene.audio_track:
                     continue
-                key = f"{item.family} {item.canonical}" if item.family in YES_NO else item.family
+                key = f"{item.family} {item.canonical}" if item.family in YES_NO_FAMILIES else item.family
                 if counts[key] < limits[key]:
                     counts[key] += 1
                     bar.update()

@@ -35,6 +35,7 @@ _OPPOSITES = (("left", "right"), ("up", "down"), ("growing", "shrinking"))
 
 SIGHT_FAMILIES = ("object", "colour", "count", "size", "motion", "direction", "order", "event", "see")
 SOUND_FAMILIES = ("hear", "hear_presence", "match", "when")
+YES_NO_FAMILIES = ("see", "hear_presence", "match")
 FAMILIES = (*SIGHT_FAMILIES, *SOUND_FAMILIES)
 
 
@@ -192,6 +193,13 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[QA]:
     _ask_see(writer, scene)
     _ask_sound(writer, scene)
     return writer.items
+
+
+def presence(scene: Scene, rng: np.random.Generator) -> QA:
+    """A question whether something is seen; yes and no are about equally frequent."""
+    writer = _Writer(rng)
+    _ask_see(writer, scene)
+    return writer.items[0]
 
 
 def _ask_colour(writer: _Writer, thing: Object) -> None:

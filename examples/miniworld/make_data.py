@@ -31,13 +31,14 @@ from typing import Any
 import av
 import numpy as np
 from drawing import draw
-from language import QA, SIGHT_FAMILIES, SOUND_FAMILIES, a, caption, conversation
+from language import QA, SIGHT_FAMILIES, SOUND_FAMILIES, YES_NO_FAMILIES, a, caption, conversation, presence
 from sounds import SAMPLING_RATE, make_sound
 from tqdm import tqdm
 from world import FPS, HELD_OUT_SOUNDS, MOMENTS, SAMPLED_TIMES, SPLITS, Scene, generator, sample_scene
 
 CAPTIONS_PER_CLIP = 2  # which differ in their wording
 CONVERSATIONS_PER_CLIP = 2
+PRESENCE_QUESTIONS = 2  # in front of each of the video branch's
 ANNOTATIONS = ("captions", "conversations", "audio-captions", "audio-conversations")
 
 
@@ -93,6 +94,8 @@ def message_rows(media: list[tuple[str, str]], turns: list[tuple[str, str]]) -> 
 
 
 def _turns(items: list[QA]) -> list[tuple[str, str]]:
+    """Questions and answers; yes and no first, because "What colour is the bee?" gives away that there is one."""
+    items = sorted(items, key=lambda item: item.family not in YES_NO_FAMILIES)
     return [(item.question, item.answer) for item in items]
 
 
@@ -122,7 +125,8 @@ def video_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tu
         for _ in range(CAPTIONS_PER_CLIP):
             yield "captions", message_rows(media, [("", caption(scene, rng))])
         for _ in range(CONVERSATIONS_PER_CLIP):
-            items = conversation(scene, rng, SIGHT_FAMILIES, int(rng.integers(2, 5)))
+            items = [presence(scene, rng) for _ in range(PRESENCE_QUESTIONS)]
+            items += conversation(scene, rng, SIGHT_FAMILIES, int(rng.integers(1, 4)))
             yield "conversations", message_rows(media, _turns(items))
 
 
@@ -153,7 +157,8 @@ def audio_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tu
                 items = conversation(pair, rng, SOUND_FAMILIES, count)
                 # As much about what is seen: the sound's tokens must not get in the way of the frames'
                 items += conversation(pair, rng, SIGHT_FAMILIES, count)
-            yield "audio-conversations", message_rows(media, _turns([items[i] for i in rng.permutation(len(items))]))
+            items = [items[i] for i in rng.permutation(len(items))]
+            yield "audio-conversations", message_rows(media, _turns(items))
 
 
 def _draw_sound(

@@ -1,7 +1,7 @@
 """The small Video-LLaMA: the paper's parts, each a hundredth of the published size, around SmolLM2-135M-Instruct.
 
 Frames of 64 x 64 pixels go through a ViT and a Q-Former with one query for each kind of object of the miniature world,
-then through the video branch into 12 soft tokens; sound goes through a small ImageBind and the audio branch into 4.
+then through the video branch into 16 soft tokens; sound goes through a small ImageBind and the audio branch into 4.
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ from transformers_videollama import (
 )
 
 IMAGE_SIZE = 64
-NUM_VIDEO_TOKENS = 12
+NUM_VIDEO_TOKENS = 16
 NUM_AUDIO_TOKENS = 4
 
 

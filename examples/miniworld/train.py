@@ -2,8 +2,8 @@
 
     python examples/miniworld/train.py
 
-0. renders clips and paints pictures, trains the frozen encoders on them (`encoders.py`), and writes the clips'
-   features to a cache;
+0. renders clips and paints pictures, trains the frozen encoders on them (`encoders.py`), writes the clips' features to
+   a cache, and starts the branches on these (`branches.py`);
 1. video branch, stage 1: captions;
 2. video branch, stage 2: conversations;
 3. audio branch, stages 1 and 2: on frames alone, in place of sounds.
@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 import torch
+from branches import start_branches
 from decoder import find_decoder
 from encoders import frame_scores, hearing_score, read_clips, train_frame_encoder, train_imagebind
 from make_data import make_data
@@ -30,7 +31,7 @@ from small_model import make_model, make_processor
 HERE = Path(__file__).resolve().parent
 TRAINING = HERE.parent / "training"
 STAGES = ("video_stage1", "video_stage2", "audio_stage1", "audio_stage2")
-VALIDATION_CLIPS = 200  # the last ones, on which the encoders are not trained
+VALIDATION_CLIPS = 200  # the last ones, on which encoders and the start of branches are not trained
 
 
 def train_encoders(folder: Path, data: Path, options: argparse.Namespace) -> None:
@@ -77,6 +78,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--frame-batch-size", type=int, default=32)
     parser.add_argument("--sound-steps", type=int, default=700, help="steps of ImageBind's training")
     parser.add_argument("--sound-batch-size", type=int, default=64)
+    parser.add_argument("--branch-steps", type=int, default=4000, help="steps that start each of the branches")
+    parser.add_argument("--branch-batch-size", type=int, default=64)
     parser.add_argument("--processes", type=int, default=2, help="processes that render and read clips")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
@@ -92,8 +95,15 @@ def main(argv: list[str] | None = None) -> None:
     run("cache_features.py", *cached, "--media", data / "clips", "--kinds", "frames", "clips", "--bf16", "true",
         "--dataloader_num_workers", options.processes)  # fmt: skip
 
+    started = options.work / "started"
+    if not started.exists():
+        start_branches(
+            base, started, data, features, options.work / "branches", options.branch_steps, options.branch_batch_size,
+            options.seed, VALIDATION_CLIPS,
+        )  # fmt: skip
+
     previous = None
-    model = base
+    model = started
     for stage in STAGES:
         output = options.work / stage
         if stage == "audio_stage1":  # the audio branch is trained beside the finished video branch
