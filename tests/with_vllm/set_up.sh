@@ -6,8 +6,8 @@
 #
 #     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu tests/with_vllm/set_up.sh
 #
-# It also wants releases of torchvision, torchaudio and torchcodec that were built for it. The latter two are left out; of
-# torchvision only its transforms, which are Python, are used.
+# It also wants releases of torchvision, torchaudio and torchcodec that were built for it. The latter two are left out, as
+# pip reports; of torchvision only its transforms, which are Python, are used.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

@@ -41,6 +41,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "plugin": {},
     "auto_map": {"trust_remote_code": True},
     "compiled": {"enforce_eager": False},
+    "bfloat16": {"dtype": "bfloat16"},
     "tensor_parallel": {"tensor_parallel_size": 2},
     # On CPUs it needs the compiler's warm-up, which makes its buffers
     "pipeline_parallel": {
@@ -109,8 +110,8 @@ metadata = {"fps": 4.0, "duration": 2.0, "total_num_frames": len(indices), "fram
             "video_backend": "opencv", "do_sample_frames": False}
 media = {"image": Image.fromarray(media["image"]), "video": [(media["video"], metadata)],
          "audio": [(media["audio"], 16000)]}
-llm = LLM(model=folder, dtype="float32", max_model_len=512, max_num_seqs=4,
-          limit_mm_per_prompt={"image": 1, "video": 1, "audio": 1}, **{"enforce_eager": True, **engine})
+llm = LLM(model=folder, max_model_len=512, max_num_seqs=4, limit_mm_per_prompt={"image": 1, "video": 1, "audio": 1},
+          **{"dtype": "float32", "enforce_eager": True, **engine})
 requests = []
 for prompt in json.loads(prompts):
     given = {name: medium for name, medium in media.items() if f"<{name}>" in prompt}
@@ -138,7 +139,9 @@ def environment(plugin: bool) -> dict[str, str]:
 def test_greedy_tokens_are_those_of_generate(
     folder: Path, media: dict[str, np.ndarray], engine: dict[str, Any], tmp_path: Path
 ) -> None:
-    expected = [generate(folder, prompt, media)[1] for prompt in PROMPTS.values()]
+    # Rounded to half precision, answers part ways at the first token that hangs on it
+    num_compared = 2 if "dtype" in engine else NUM_TOKENS
+    expected = [generate(folder, prompt, media)[1][:num_compared] for prompt in PROMPTS.values()]
     assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS)
     np.savez(tmp_path / "media.npz", **media)
     files = [folder, tmp_path / "media.npz"], [tmp_path / "tokens.json"]
@@ -151,7 +154,8 @@ def test_greedy_tokens_are_those_of_generate(
         text=True,
     )
     assert result.returncode == 0, result.stdout[-8000:]
-    assert json.loads((tmp_path / "tokens.json").read_text()) == expected
+    tokens = json.loads((tmp_path / "tokens.json").read_text())
+    assert [answer[:num_compared] for answer in tokens] == expected
 
 
 # The server
