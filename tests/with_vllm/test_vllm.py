@@ -103,7 +103,7 @@ import numpy as np
 from PIL import Image
 from vllm import LLM, SamplingParams
 
-folder, media, engine, num_tokens, prompts, output_file = sys.argv[1:]
+folder, media, tokens, engine, num_tokens, prompts = sys.argv[1:]
 media, engine = dict(np.load(media)), json.loads(engine)
 indices = list(range(len(media["video"])))
 metadata = {"fps": 4.0, "duration": 2.0, "total_num_frames": len(indices), "frames_indices": indices,
@@ -118,7 +118,7 @@ for prompt in json.loads(prompts):
     requests.append({"prompt": prompt, **({"multi_modal_data": given} if given else {})})
 outputs = llm.generate(requests, SamplingParams(temperature=0, max_tokens=int(num_tokens), ignore_eos=True))
 assert ("transformers_videollama" in sys.modules) == (not engine.get("trust_remote_code"))
-with open(output_file, "w") as file:
+with open(tokens, "w") as file:
     json.dump([list(output.outputs[0].token_ids) for output in outputs], file)
 """
 
@@ -144,10 +144,10 @@ def test_greedy_tokens_are_those_of_generate(
     expected = [generate(folder, prompt, media)[1][:num_compared] for prompt in PROMPTS.values()]
     assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS)
     np.savez(tmp_path / "media.npz", **media)
-    files = [folder, tmp_path / "media.npz"], [tmp_path / "tokens.json"]
+    files = [folder, tmp_path / "media.npz", tmp_path / "tokens.json"]
     settings = [json.dumps(engine), NUM_TOKENS, json.dumps(list(PROMPTS.values()))]
     result = subprocess.run(
-        [sys.executable, "-c", VLLM, *map(str, [*files[0], *settings, *files[1]])],
+        [sys.executable, "-c", VLLM, *map(str, [*files, *settings])],
         env=environment(plugin=not engine.get("trust_remote_code")),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
