@@ -38,7 +38,7 @@ from world import FPS, HELD_OUT_SOUNDS, MOMENTS, SAMPLED_TIMES, SPLITS, Scene, g
 
 CAPTIONS_PER_CLIP = 2  # which differ in their wording
 CONVERSATIONS_PER_CLIP = 2
-PRESENCE_QUESTIONS = 2  # in front of each of the video branch's
+PRESENCE_QUESTIONS = 2  # in each of the video branch's
 ANNOTATIONS = ("captions", "conversations", "audio-captions", "audio-conversations")
 
 
@@ -93,10 +93,15 @@ def message_rows(media: list[tuple[str, str]], turns: list[tuple[str, str]]) -> 
     return {"messages": messages}
 
 
-def _turns(items: list[QA]) -> list[tuple[str, str]]:
-    """Questions and answers; yes and no first, because "What colour is the bee?" gives away that there is one."""
-    items = sorted(items, key=lambda item: item.family not in YES_NO_FAMILIES)
-    return [(item.question, item.answer) for item in items]
+def _turns(items: list[QA], rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Questions and answers, in half of the conversations first those with yes and no, in the others these last.
+
+    "What colour is the bee?" gives away that there is one, so that asked later they need no look at the clip; but what
+    is always asked first, or never, would be answered so in any place.
+    """
+    yes_no_first = rng.random() < 0.5
+    ordered = sorted(items, key=lambda item: (item.family in YES_NO_FAMILIES) != yes_no_first)
+    return [(item.question, item.answer) for item in ordered]
 
 
 def stand_in(scene: Scene) -> tuple[str | None, str] | None:
@@ -127,7 +132,7 @@ def video_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tu
         for _ in range(CONVERSATIONS_PER_CLIP):
             items = [presence(scene, rng) for _ in range(PRESENCE_QUESTIONS)]
             items += conversation(scene, rng, SIGHT_FAMILIES, int(rng.integers(1, 4)))
-            yield "conversations", message_rows(media, _turns(items))
+            yield "conversations", message_rows(media, _turns(items, rng))
 
 
 def audio_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -158,7 +163,7 @@ def audio_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tu
                 # As much about what is seen: the sound's tokens must not get in the way of the frames'
                 items += conversation(pair, rng, SIGHT_FAMILIES, count)
             items = [items[i] for i in rng.permutation(len(items))]
-            yield "audio-conversations", message_rows(media, _turns(items))
+            yield "audio-conversations", message_rows(media, _turns(items, rng))
 
 
 def _draw_sound(
