@@ -39,6 +39,8 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeGuard
 
 import numpy as np
+import PIL.Image
+import PIL.ImageOps
 import torch
 from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
@@ -789,6 +791,21 @@ def has_audio(source: MediaSource) -> bool:
             return True
         _video_stream(container, media)
         return False
+
+
+def open_picture(source: str | os.PathLike | bytes) -> PIL.Image.Image:
+    """
+    A picture, upright, in its own mode.
+
+    Raises:
+        MediaError: the file is not there, or cannot be read; the message names it.
+    """
+    with open_media(source) as media:
+        try:
+            with PIL.Image.open(media.path or io.BytesIO(media.data or b"")) as image:
+                return PIL.ImageOps.exif_transpose(image)
+        except Exception as error:  # damage makes Pillow raise a SyntaxError, a struct.error, an EOFError and others
+            raise MediaError(f"{media.name} cannot be read as an image: {error}") from error
 
 
 def read_audio(source: MediaSource) -> tuple[np.ndarray, int] | None:

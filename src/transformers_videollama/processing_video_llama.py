@@ -9,7 +9,6 @@ can say what is in them (a sound of its own, the seconds of the frames), renders
 import base64
 import bisect
 import contextlib
-import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -18,7 +17,6 @@ import numpy as np
 from tokenizers import AddedToken, pre_tokenizers
 from transformers import BatchFeature, LlamaTokenizer, PreTrainedTokenizerBase, SequenceFeatureExtractor
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import load_image
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 from transformers.utils import TensorType
 from transformers.utils.chat_template_utils import _get_template_variables, render_jinja_template
@@ -26,7 +24,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoMetadata
 
 from .chat_templates import CHAT_TEMPLATES, STOP_STRINGS
-from .media import MediaError, has_audio, is_opened, open_media
+from .media import has_audio, is_opened, open_media, open_picture
 
 REPEATED_ROLE = "Assistant:"
 """What a model may begin its answer with, and what is no part of it."""
@@ -586,14 +584,7 @@ def read_image(source: Any) -> Any:
     """
     if not isinstance(source, (str, os.PathLike, bytes)):
         return source
-    from PIL import Image
-
-    with open_media(source) as media:
-        try:
-            with Image.open(media.path or io.BytesIO(media.data or b"")) as image:
-                return load_image(image)
-        except Exception as error:  # damage makes Pillow raise a SyntaxError, a struct.error, an EOFError and others
-            raise MediaError(f"{media.name} cannot be read as an image: {error}") from error
+    return open_picture(source).convert("RGB")
 
 
 def frame_timestamps(metadata: VideoMetadata) -> list[float] | None:

@@ -5,7 +5,6 @@ that are given as arrays or images are resized by torchvision. What remains (res
 is the library's own video processor.
 """
 
-import io
 import mimetypes
 import os
 from collections.abc import Callable
@@ -30,11 +29,10 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoInput, VideoMetadata
 
 from .media import (
-    MediaError,
     MediaSource,
     headtail_frame_indices,
     is_opened,
-    open_media,
+    open_picture,
     read_video,
     read_video_metadata,
     uniform_frame_indices,
@@ -218,7 +216,7 @@ class VideoLlamaVideoProcessor(BaseVideoProcessor):
         tensors = []
         for frame in frames:
             if isinstance(frame, (str, os.PathLike)):
-                frame = _open_image(frame)
+                frame = open_picture(frame)
             if isinstance(frame, PIL.Image.Image):
                 image_format = ChannelDimension.LAST
                 frame = np.array(_to_rgb(frame) if options["do_convert_rgb"] else frame)
@@ -309,15 +307,6 @@ def _channels_first(frames: Any, input_data_format: str | ChannelDimension | Non
     if isinstance(frames, np.ndarray):
         frames = torch.from_numpy(np.ascontiguousarray(frames))
     return frames.movedim(-1, -3) if input_data_format == ChannelDimension.LAST else frames
-
-
-def _open_image(source: str | os.PathLike) -> PIL.Image.Image:
-    with open_media(source) as media:
-        try:
-            with PIL.Image.open(media.path or io.BytesIO(media.data or b"")) as image:
-                return PIL.ImageOps.exif_transpose(image)
-        except Exception as error:  # damage makes Pillow raise a SyntaxError, a struct.error, an EOFError and others
-            raise MediaError(f"{media.name} cannot be read as an image: {error}") from error
 
 
 def _to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
