@@ -165,17 +165,24 @@ def test_prompts_are_those_of_chats_whose_media_are_read(
         assert prompt_ids(processor, marked, continue_final_message=True) == expected[0]
 
 
-def test_a_killed_run_goes_on_and_ends_the_same(tiny_folder: Path, media: Path, tmp_path: Path) -> None:
-    """To the last bit, which likelihoods show."""
+def choose_between(number: int, folder: Path, media: Path, tmp_path: Path) -> Callable[[str], list[str]]:
+    """The arguments of an evaluation with so many questions of several lengths, for an output folder's name."""
     row = {"candidates": ["cat", "dog"], "answer": "dog"}
-    rows = [{**row, "video": f"vid{1 + n % 3}.mp4", "question": f"What is it{' there' * (n % 5)}?"} for n in range(90)]
+    asked = [f"What is it{' there' * (n % 5)}?" for n in range(number)]
+    rows = [{**row, "video": f"vid{1 + n % 3}.mp4", "question": question} for n, question in enumerate(asked)]
     file = tmp_path / "object_shuffle.json"
     file.write_text(json.dumps(rows))
 
     def options(output: str) -> list[str]:
         folders = ["--media-root", media, "--output-dir", tmp_path / output, "--batch-size", 2]
-        return arguments(tiny_folder, "mvbench", "--annotations", file, *folders)
+        return arguments(folder, "mvbench", "--annotations", file, *folders)
 
+    return options
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(tiny_folder: Path, media: Path, tmp_path: Path) -> None:
+    """To the last bit, which likelihoods show."""
+    options = choose_between(90, tiny_folder, media, tmp_path)
     assert main(options("whole")) == 0
     answers = tmp_path / "killed" / "answers.jsonl"
     process = subprocess.Popen(
@@ -202,15 +209,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(tiny_folder: Path, media: Path, 
 
 def test_two_processes_share_an_evaluation_and_go_on_with_it(tiny_folder: Path, media: Path, tmp_path: Path) -> None:
     """The report is that of one process, to the last bit."""
-    row = {"candidates": ["cat", "dog"], "answer": "dog"}
-    rows = [{**row, "video": f"vid{1 + n % 3}.mp4", "question": f"What is it{' there' * (n % 5)}?"} for n in range(12)]
-    file = tmp_path / "object_shuffle.json"
-    file.write_text(json.dumps(rows))
-
-    def options(output: str) -> list[str]:
-        folders = ["--media-root", media, "--output-dir", tmp_path / output, "--batch-size", 2]
-        return arguments(tiny_folder, "mvbench", "--annotations", file, *folders)
-
+    options = choose_between(12, tiny_folder, media, tmp_path)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     answers = tmp_path / "shared" / "answers.jsonl"
 
@@ -228,7 +227,7 @@ def test_two_processes_share_an_evaluation_and_go_on_with_it(tiny_folder: Path, 
         assert (tmp_path / "shared" / "results.json").read_text() == (tmp_path / "whole" / "results.json").read_text()
         assert Answers(answers).records == Answers(tmp_path / "whole" / "answers.jsonl").records
         lines = answers.read_text().splitlines()
-        assert len(lines) == len(rows)  # nobody answered what another did
+        assert len(lines) == 12  # nobody answered what another did
         return lines
 
     assert main(options("whole")) == 0
