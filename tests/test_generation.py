@@ -21,6 +21,7 @@ from tiny_model import (
 )
 from transformers import DynamicCache, GenerationConfig, LlamaForCausalLM, StaticCache
 
+from transformers_videollama.generation_video_llama import CACHE_NAME
 from transformers_videollama.modeling_video_llama import VideoLlamaForConditionalGeneration
 
 
@@ -206,6 +207,18 @@ def test_one_cache_answers_several_questions(model):
             reused = model.generate(**question, past_key_values=copy.deepcopy(cache))
         assert not calls
         assert torch.equal(reused, model.generate(**question, **media))
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_has_either_of_the_librarys_names(model, name):
+    ids, media = PROMPTS[0]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        whole = model(**batch(ids), **media).logits
+        model(**batch(ids[:-1]), **media, **{name: cache})
+        outputs = model(input_ids=ids[None, -1:], attention_mask=torch.ones(1, len(ids)), **{name: cache})
+    torch.testing.assert_close(outputs.logits[:, -1], whole[:, -1])
+    assert outputs[CACHE_NAME] is cache and cache.get_seq_length() == len(ids)
 
 
 def test_a_second_question_about_another_video_encodes_that_one_only(model):

@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
+from .generation_video_llama import CACHE_NAME
 from .modeling_video_llama import VideoLlamaForConditionalGeneration
 from .processing_video_llama import REPEATED_ROLE, VideoLlamaProcessor
 
@@ -105,7 +106,7 @@ class Conversation:
         output = self.model.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
-            past_key_values=self._cache,
+            **{CACHE_NAME: self._cache},
             **({} if is_media_cached else self._media),
             **generate_kwargs,
         )

@@ -4,6 +4,7 @@ Media are encoded once, before the prefill, and only those that the cache does n
 media, are repeated for beams and several answers.
 """
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -18,7 +19,10 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.generation import CandidateGenerator, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import utils as generation_utils
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+
+# What the library calls the decoder's cache: `cache` since 5.24, `past_key_values` before
+CACHE_NAME = "cache" if any(field.name == "cache" for field in fields(BaseModelOutputWithPast)) else "past_key_values"
 
 # Per modality, what `forward` calls its inputs, and what the modality's feature getter calls them
 MEDIA_INPUTS = {
@@ -94,8 +98,8 @@ class VideoLlamaGenerationMixin(GenerationMixin):
         Placeholders of a modality that lie past what the cache holds: a mask of the shape of `input_ids`, which may be
         the whole conversation, or its new part alone with an attention mask for all of it.
         """
-        past_key_values, attention_mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
-        past_length = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        cache, attention_mask = model_kwargs.get(CACHE_NAME), model_kwargs.get("attention_mask")
+        past_length = int(cache.get_seq_length()) if cache is not None else 0
         length = input_ids.shape[1]
         offset = attention_mask.shape[1] - length if attention_mask is not None else 0
         positions = torch.arange(offset, offset + length, device=input_ids.device)
@@ -137,17 +141,17 @@ class VideoLlamaGenerationMixin(GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        cache = past_key_values if cache is None else cache
         # An assistant model's prefill is not announced as a first iteration: its cache, never a static one, is empty.
-        is_assistant_prefill = (
-            past_key_values is not None and not past_key_values.is_compileable and not past_key_values.get_seq_length()
-        )
+        is_assistant_prefill = cache is not None and not cache.is_compileable and not cache.get_seq_length()
         is_first_iteration = is_first_iteration or is_assistant_prefill
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,

@@ -24,7 +24,12 @@ from torch import nn
 from transformers import AutoModel, GenerationConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+)
 from transformers.processing_utils import Unpack
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import (
@@ -47,7 +52,7 @@ from .configuration_video_llama import (
     VideoLlamaConfig,
     VideoLlamaVisionConfig,
 )
-from .generation_video_llama import MODALITIES, VideoLlamaGenerationMixin, check_soft_token_count
+from .generation_video_llama import CACHE_NAME, MODALITIES, VideoLlamaGenerationMixin, check_soft_token_count
 from .model_card import VideoLlamaModelCardMixin
 from .modeling_video_llama_branches import VideoLlamaBranch, VideoLlamaQFormerModel
 from .modeling_video_llama_towers import (
@@ -64,16 +69,12 @@ _PARTS = ("video_branch", "audio_branch", *_ENCODERS, "language_model")
 
 
 @dataclass
-class VideoLlamaModelOutputWithPast(ModelOutput):
+class VideoLlamaModelOutputWithPast(BaseModelOutputWithPast):
     """
-    Output of [`VideoLlamaModel`].
+    Output of [`VideoLlamaModel`]: that of the decoder, `last_hidden_state` of shape `(batch_size, sequence_length,
+    hidden_size)`, its cache, `hidden_states` and `attentions`, with
 
     Args:
-        last_hidden_state (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`):
-            The decoder's last state.
-        past_key_values (`Cache`, *optional*): The decoder's cache.
-        hidden_states (`tuple[torch.Tensor]`, *optional*): The decoder's states, with `output_hidden_states=True`.
-        attentions (`tuple[torch.Tensor]`, *optional*): The decoder's attention weights, with `output_attentions=True`.
         image_hidden_states (`torch.Tensor` of shape `(num_images, 32, hidden_size)`, *optional*):
             Soft tokens of images.
         video_hidden_states (`torch.Tensor` of shape `(num_videos, 32, hidden_size)`, *optional*):
@@ -82,30 +83,20 @@ class VideoLlamaModelOutputWithPast(ModelOutput):
             Soft tokens of sounds.
     """
 
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor] | None = None
-    attentions: tuple[torch.Tensor] | None = None
     image_hidden_states: torch.Tensor | None = None
     video_hidden_states: torch.Tensor | None = None
     audio_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
-class VideoLlamaCausalLMOutputWithPast(ModelOutput):
+class VideoLlamaCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
-    Output of [`VideoLlamaForConditionalGeneration`]: that of [`VideoLlamaModelOutputWithPast`], with
-
-    Args:
-        loss (`torch.Tensor` of shape `()`, *optional*): Mean next-token loss over the labels, if `labels` were given.
-        logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`): Scores before the softmax.
+    Output of [`VideoLlamaForConditionalGeneration`]: that of any causal language model, `loss` of shape `()`, the mean
+    next-token loss over the labels, if `labels` were given, `logits` of shape `(batch_size, sequence_length,
+    vocab_size)`, the decoder's cache, `hidden_states` and `attentions`, and the soft tokens of
+    [`VideoLlamaModelOutputWithPast`].
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor] | None = None
-    attentions: tuple[torch.Tensor] | None = None
     image_hidden_states: torch.Tensor | None = None
     video_hidden_states: torch.Tensor | None = None
     audio_hidden_states: torch.Tensor | None = None
@@ -119,7 +110,7 @@ class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
     input_modalities = ("image", "video", "audio", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["VideoLlamaBranch", "Blip2QFormerLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE_NAME]
     # Left out on purpose when the configuration has no such tower
     _keys_to_ignore_on_load_unexpected = [r"audio_vision_tower\."]
     _supports_flash_attn = True
@@ -585,6 +576,7 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -618,12 +610,15 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
             *optional*):
                 What [`~VideoLlamaModel.get_clip_features`] gave, in place of `input_features` or
                 `audio_pixel_values_videos`.
+            cache (`Cache`, *optional*):
+                The decoder's cache, which `transformers` before 5.24 calls `past_key_values`; either name will do.
             mm_encoder_outputs (`dict[str, BaseModelOutputWithPooling]`, *optional*):
                 Outputs of the feature getters under `"image"`, `"video"` and `"audio"`, in place of the media
                 themselves.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+        cache = past_key_values if cache is None else cache
         media = {
             "image": {"pixel_values": pixel_values, "frame_features": image_frame_features},
             "video": {"pixel_values_videos": pixel_values_videos, "frame_features": video_frame_features},
@@ -645,10 +640,10 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
 
         features = {}
         # A decoding step, one token without media, is left to the decoder: its token is one of the vocabulary.
-        if inputs_embeds is None and (encoded or input_ids.shape[1] > 1 or past_key_values is None):
+        if inputs_embeds is None and (encoded or input_ids.shape[1] > 1 or cache is None):
             # Placeholders may lie past the vocabulary; any row of the table will do, as soft tokens take their place.
             is_placeholder = self.is_placeholder(input_ids)
-            self._check_media_are_given(is_placeholder, input_ids, encoded, past_key_values)
+            self._check_media_are_given(is_placeholder, input_ids, encoded, cache)
             inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_placeholder, 0))
         if encoded:
             features = {
@@ -668,14 +663,14 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
             use_cache=use_cache,
             return_dict=True,
             **kwargs,
         )
         return VideoLlamaModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=features.get("image"),
@@ -697,17 +692,13 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
         is_placeholder: torch.BoolTensor,
         input_ids: torch.LongTensor,
         encoded: dict[str, BaseModelOutputWithPooling],
-        past_key_values: Cache | None,
+        cache: Cache | None,
     ) -> None:
         """
         Refuses placeholders without a medium. Continuations of a cache are left out: they would wait for the device at
         every step, and what they continue was checked at the prefill.
         """
-        if (
-            input_ids.shape[1] == 1
-            or is_tracing()
-            or (past_key_values is not None and past_key_values.get_seq_length())
-        ):
+        if input_ids.shape[1] == 1 or is_tracing() or (cache is not None and cache.get_seq_length()):
             return
         if not is_placeholder.any():
             return
@@ -840,6 +831,7 @@ class VideoLlamaForConditionalGeneration(VideoLlamaPreTrainedModel, VideoLlamaGe
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -874,6 +866,7 @@ class VideoLlamaForConditionalGeneration(VideoLlamaPreTrainedModel, VideoLlamaGe
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             mm_encoder_outputs=mm_encoder_outputs,
@@ -903,7 +896,7 @@ class VideoLlamaForConditionalGeneration(VideoLlamaPreTrainedModel, VideoLlamaGe
         return VideoLlamaCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
