@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "mi
 import ask
 import branches
 import decoder
+import dictionary
 import encoders
 import evaluate
 import make_data
@@ -132,7 +133,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     processor = make_processor(cache / "smollm2-135m-instruct")
     model = make_model(cache / "smollm2-135m-instruct", seed=0, scale=SCALE)
     clips = encoders.read_clips(data, processor, work / "encoders", SEED, workers=0)
-    losses: dict[str, list[float]] = {"encoders": [], "video branch": [], "audio branch": []}
+    losses: dict[str, list[float]] = {"encoders": [], "dictionaries": [], "video branch": [], "audio branch": []}
 
     def recorded(function: Callable[..., torch.Tensor], name: str) -> Callable[..., torch.Tensor]:
         def call(*arguments: Any, **targets: Any) -> torch.Tensor:
@@ -146,6 +147,9 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(branches.WordLoss, "forward", recorded(branches.WordLoss.forward, name))
             branches_start_branch(name, *arguments)
+
+    def fit(name: str, parameters: Any, loss_at: Callable[[int], torch.Tensor], *arguments: Any) -> None:
+        encoders.fit(name, parameters, recorded(loss_at, name), *arguments)
 
     branches_start_branch = branches.start_branch
     with pytest.MonkeyPatch.context() as patch:
@@ -161,8 +165,13 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
     cache_features.main([*arguments, "--kinds", "frames", "clips"])
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dictionary, "LEARNING_RATE", 1e-2)
+        patch.setattr(dictionary, "fit", fit)
+        dictionaries = dictionary.train_dictionaries(base, data, work / "dictionaries.pt", 30, 8, seed=0)
         patch.setattr(branches, "start_branch", start_branch)
-        branches.start_branches(base, work / "started", data, features, work / "branches", 60, 8, 0, num_validation=1)
+        branches.start_branches(
+            base, work / "started", data, features, work / "branches", dictionaries, 60, 8, 0, num_validation=1
+        )
     stage1, losses["stage 1"] = train("video_stage1", work / "started", data, features, 40)
     # One clip, to be known by heart
     conversations = data / "train-conversations.jsonl"

@@ -202,6 +202,13 @@ def presence(scene: Scene, rng: np.random.Generator) -> QA:
     return writer.items[0]
 
 
+def sound_presence(scene: Scene, rng: np.random.Generator) -> list[QA]:
+    """Questions whether something is heard, and whether it is seen, too, as far as they make sense."""
+    writer = _Writer(rng)
+    _ask_sound(writer, scene)
+    return [item for item in writer.items if item.family in YES_NO_FAMILIES]
+
+
 def _ask_colour(writer: _Writer, thing: Object) -> None:
     kind = thing.kind
     if thing.event == "changes":

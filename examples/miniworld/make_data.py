@@ -31,7 +31,16 @@ from typing import Any
 import av
 import numpy as np
 from drawing import draw
-from language import QA, SIGHT_FAMILIES, SOUND_FAMILIES, YES_NO_FAMILIES, a, caption, conversation, presence
+from language import (
+    QA,
+    SIGHT_FAMILIES,
+    YES_NO_FAMILIES,
+    a,
+    caption,
+    conversation,
+    presence,
+    sound_presence,
+)
 from sounds import SAMPLING_RATE, make_sound
 from tqdm import tqdm
 from world import FPS, HELD_OUT_SOUNDS, MOMENTS, SAMPLED_TIMES, SPLITS, Scene, generator, sample_scene
@@ -93,14 +102,14 @@ def message_rows(media: list[tuple[str, str]], turns: list[tuple[str, str]]) -> 
     return {"messages": messages}
 
 
-def _turns(items: list[QA], rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions and answers, in half of the conversations first those with yes and no, in the others these last.
+def _turns(items: list[QA], rng: np.random.Generator, yes_no_first: float = 0.5) -> list[tuple[str, str]]:
+    """Questions and answers, in some of the conversations first those with yes and no, in the others these last.
 
     "What colour is the bee?" gives away that there is one, so that asked later they need no look at the clip; but what
     is always asked first, or never, would be answered so in any place.
     """
-    yes_no_first = rng.random() < 0.5
-    ordered = sorted(items, key=lambda item: (item.family in YES_NO_FAMILIES) != yes_no_first)
+    first = rng.random() < yes_no_first
+    ordered = sorted(items, key=lambda item: (item.family in YES_NO_FAMILIES) != first)
     return [(item.question, item.answer) for item in ordered]
 
 
@@ -154,16 +163,19 @@ def audio_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tu
             kind, moment = sound
             media = [("audio", clip_name(split, int(rng.choice(clips[kind, moment]))))]
             pair = replace(scene, sound=kind, moment=moment if kind else None, audio_track=True)
-            count = int(rng.integers(1, 3))
-            if number == 0 and rng.random() < 0.5:  # the sound alone
-                items = conversation(replace(pair, objects=(), type="empty"), rng, SOUND_FAMILIES, count)
-            else:
+            alone = number == 0 and rng.random() < 0.25
+            if alone:
+                pair = replace(pair, objects=(), type="empty")
+            yes_no = sound_presence(pair, rng)
+            others = conversation(pair, rng, ("hear", "when"), 1)
+            if not alone:
                 media.append(("video", clip_name(split, index)))
-                items = conversation(pair, rng, SOUND_FAMILIES, count)
                 # As much about what is seen: the sound's tokens must not get in the way of the frames'
-                items += conversation(pair, rng, SIGHT_FAMILIES, count)
-            items = [items[i] for i in rng.permutation(len(items))]
-            yield "audio-conversations", message_rows(media, _turns(items, rng))
+                yes_no.append(presence(pair, rng))
+                others += conversation(pair, rng, [family for family in SIGHT_FAMILIES if family != "see"], 1)
+            # Short, because what was said of a sound gives away the answers to all other questions about it
+            items = [yes_no[i] for i in rng.permutation(len(yes_no))[:2]] + [others[rng.integers(len(others))]]
+            yield "audio-conversations", message_rows(media, _turns(items, rng, yes_no_first=0.7))
 
 
 def _draw_sound(

@@ -3,7 +3,8 @@
     python examples/miniworld/train.py
 
 0. renders clips and paints pictures, trains the frozen encoders on them (`encoders.py`), writes the clips' features to
-   a cache, and starts the branches on these (`branches.py`);
+   a cache, learns which soft tokens the decoder understands (`dictionary.py`), and starts the branches as these
+   (`branches.py`);
 1. video branch, stage 1: captions;
 2. video branch, stage 2: conversations;
 3. audio branch, stages 1 and 2: on frames alone, in place of sounds.
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 from branches import start_branches
 from decoder import find_decoder
+from dictionary import train_dictionaries
 from encoders import frame_scores, hearing_score, read_clips, train_frame_encoder, train_imagebind
 from make_data import make_data
 from model_file import export_model
@@ -78,6 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--frame-batch-size", type=int, default=32)
     parser.add_argument("--sound-steps", type=int, default=700, help="steps of ImageBind's training")
     parser.add_argument("--sound-batch-size", type=int, default=64)
+    parser.add_argument("--dictionary-steps", type=int, default=2000, help="steps of the dictionaries' training")
+    parser.add_argument("--dictionary-batch-size", type=int, default=16)
     parser.add_argument("--branch-steps", type=int, default=4000, help="steps that start each of the branches")
     parser.add_argument("--branch-batch-size", type=int, default=64)
     parser.add_argument("--processes", type=int, default=2, help="processes that render and read clips")
@@ -97,9 +101,13 @@ def main(argv: list[str] | None = None) -> None:
 
     started = options.work / "started"
     if not started.exists():
+        dictionaries = train_dictionaries(
+            base, data, options.work / "dictionaries.pt", options.dictionary_steps, options.dictionary_batch_size,
+            options.seed,
+        )  # fmt: skip
         start_branches(
-            base, started, data, features, options.work / "branches", options.branch_steps, options.branch_batch_size,
-            options.seed, VALIDATION_CLIPS,
+            base, started, data, features, options.work / "branches", dictionaries, options.branch_steps,
+            options.branch_batch_size, options.seed, VALIDATION_CLIPS,
         )  # fmt: skip
 
     previous = None

@@ -104,7 +104,7 @@ class Scene:
 
     Args:
         type: one of `SCENE_TYPES`.
-        objects: of different kinds and colours; by time of appearance in order scenes, else from left to right.
+        objects: of different kinds and colours; by time of appearance in order scenes, else as in `KINDS`.
         sound: the kind that sounds, or None.
         moment: when it sounds, one of `MOMENTS`; None without sound.
         audio_track: whether the file has a sound track at all.
@@ -289,7 +289,7 @@ def _arrange(things: list[Object], rng: np.random.Generator, margin: float = 0.0
             return None
     arranged = [thing for thing, _ in placed]
     if len({thing.start for thing in arranged}) < len(arranged):  # not one after another
-        arranged.sort(key=lambda thing: sum(thing.path[::2]))
+        arranged.sort(key=lambda thing: KINDS.index(thing.kind))
     return tuple(arranged)
 
 
