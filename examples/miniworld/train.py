@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         "--work", type=Path, default=Path(".cache/miniworld"), help="where everything is kept meanwhile"
     )
     parser.add_argument("--output", type=Path, default=HERE / "model", help="where the trained model is written")
-    parser.add_argument("--clips", type=int, default=12000, help="clips to train on")
+    parser.add_argument("--clips", type=int, default=20000, help="clips to train on")
     parser.add_argument("--pictures", type=int, default=48000, help="pictures to train the frame encoder on")
     parser.add_argument("--frame-steps", type=int, default=3600, help="steps of the frame encoder's training")
     parser.add_argument("--frame-batch-size", type=int, default=32)
