@@ -308,7 +308,7 @@ def test_who_waits_sees_how_many_are_before(browser: Any, site: Site, files: Pat
     one.page.locator(BOT).wait_for()
     other.page.locator("#question textarea").fill("What is it?")
     other.page.locator("#ask").click()
-    other.page.get_by_text("queue: 1/1").wait_for()  # once on the page
+    other.page.get_by_text("queue: 1/1").first.wait_for()  # beside whatever waits
     one.page.locator("#stop").click()
     for visitor in (one, other):
         visitor.wait_for_end()
