@@ -227,16 +227,23 @@ def test_a_picture_in_place_of_a_video(visitor: Visitor, site: Site, files: Path
     until(lambda: site.uploads() == ["picture.png"])
 
 
-def test_a_recording_of_the_camera(visitor: Visitor) -> None:
-    camera = visitor.page.locator("#video")
-    camera.get_by_label("Capture from camera").click()
-    camera.get_by_text("Click to Access Webcam").click()
-    camera.get_by_text("Record", exact=True).click()
-    camera.get_by_text("Stop", exact=True).wait_for()
-    visitor.page.wait_for_timeout(1000)  # of film
-    camera.get_by_text("Stop", exact=True).click()
-    visitor.wait_for_frames()
+def test_a_recording_of_the_camera(browser: Any, site: Site) -> None:
+    for seconds in (1, 3, 5):  # the browser of a busy machine may have recorded nothing after a second
+        visitor = Visitor(browser, site)
+        camera = visitor.page.locator("#video")
+        camera.get_by_label("Capture from camera").click()
+        camera.get_by_text("Click to Access Webcam").click()
+        camera.get_by_text("Record", exact=True).click()
+        camera.get_by_text("Stop", exact=True).wait_for()
+        visitor.page.wait_for_timeout(1000 * seconds)
+        camera.get_by_text("Stop", exact=True).click()
+        visitor.page.locator("#view .frames img, #notice [role=alert]").first.wait_for()
+        if visitor.page.locator("#view .frames img").count():
+            break
+        assert "sample.webm cannot be read" in visitor.notice()
+        visitor.context.close()
     assert visitor.ask("What is it?", 1)
+    visitor.context.close()
 
 
 @pytest.mark.parametrize(
@@ -367,10 +374,14 @@ def test_an_example(visitor: Visitor, site: Site) -> None:
 
 
 def test_everything_is_removed_at_the_end(site: Site, browser: Any, files: Path) -> None:
-    """The last test: it ends the server."""
-    visitor = Visitor(browser, site)
-    visitor.upload(files / "clip.mp4")
-    visitor.wait_for_frames()
+    """The last test: it ends the server, while an answer is under way and another one waits."""
+    for visitor in (Visitor(browser, site), Visitor(browser, site)):
+        visitor.upload(files / "clip.mp4")
+        visitor.wait_for_frames()
+        visitor.set("Most tokens of an answer", 1024)
+        visitor.page.locator("#question textarea").fill("Tell me a story.")
+        visitor.page.locator("#ask").click()
+        visitor.page.locator("#chat [data-testid=user]").wait_for()
     assert site.uploads() == ["clip.mp4"]
     site.process.send_signal(signal.SIGTERM)
     assert site.process.wait(60) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -58,14 +59,14 @@ class PageServer(uvicorn.Server):
             head=HEAD,
         )
         self._stop_event = app.routes[-1].app.stop_event
-        guarded = TrustedHostMiddleware(_Guard(app), allowed_hosts, www_redirect=False)
-        super().__init__(
-            uvicorn.Config(guarded, log_level="error", ws="none", server_header=False, timeout_graceful_shutdown=1)
-        )
+        self._guard = _Guard(app)
+        guarded = TrustedHostMiddleware(self._guard, allowed_hosts, www_redirect=False)
+        super().__init__(uvicorn.Config(guarded, log_level="error", ws="none", server_header=False))
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._stop_event.set()  # each open page holds a connection, which Gradio ends at this
+        await self._guard.end(timeout=1)  # those that wait for an answer, it does not
         await super().shutdown(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -74,23 +75,58 @@ class PageServer(uvicorn.Server):
 
 
 class _Guard:
-    """Adds headers to each response, and refuses to fetch other servers' files, which Gradio would do for anyone."""
+    """
+    Adds headers to each response, refuses to fetch other servers' files, which Gradio would do for anyone, and ends
+    the responses that are under way when the server does.
+    """
 
     def __init__(self, app: Any):
         self.app = app
+        self._responding: set[asyncio.Task[Any]] = set()
+        self._is_ending = False
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        is_begun = is_complete = False
 
         async def send_with_headers(message: dict[str, Any]) -> None:
+            nonlocal is_begun, is_complete
             if message["type"] == "http.response.start":
+                is_begun = True
                 message = {**message, "headers": [*message.get("headers", []), *_HEADERS]}
+            is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
+        async def refuse(status: int) -> None:
+            await send_with_headers({"type": "http.response.start", "status": status})
+            await send_with_headers({"type": "http.response.body"})
+
         if scope["path"].lower().startswith(_FETCHING):
-            await send_with_headers({"type": "http.response.start", "status": 404})
-            await send({"type": "http.response.body"})
+            await refuse(404)
             return
-        await self.app(scope, receive, send_with_headers)
+        task = asyncio.current_task()
+        assert task is not None
+        self._responding.add(task)
+        try:
+            await self.app(scope, receive, send_with_headers)
+        except asyncio.CancelledError:
+            if not self._is_ending:
+                raise
+            if not is_begun:
+                await refuse(503)
+            elif not is_complete:
+                await send({"type": "http.response.body"})
+        finally:
+            self._responding.discard(task)
+
+    async def end(self, timeout: float) -> None:
+        """Ends the responses that are not complete after so many seconds."""
+        self._is_ending = True
+        if self._responding:
+            _, open_ = await asyncio.wait(self._responding, timeout=timeout)
+            for task in open_:
+                task.cancel()
+            if open_:
+                await asyncio.wait(open_)
