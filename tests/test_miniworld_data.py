@@ -15,9 +15,11 @@ import make_data
 from drawing import NUM_FRAMES, RGB, VIEW, draw, sprite
 from language import CHOICES, FAMILIES, SIGHT_FAMILIES, SOUND_FAMILIES, caption, conversation, normalise, questions
 from pictures import MIN_DISTANCE, draw_picture
+from rearrange import rearrange
 from sounds import NUM_SAMPLES, SAMPLING_RATE, kind_sound, make_sound
 from world import (
     COLOURS,
+    DIRECTIONS,
     HELD_OUT_COLOURS,
     HELD_OUT_MOTIONS,
     HELD_OUT_SOUNDS,
@@ -120,6 +122,40 @@ def test_order_shows_in_the_sampled_frames_but_only_in_their_order(scenes):
         waiting[len(seen)].append(len(seen[0]) - len(seen[-1]))
     # What comes first is not there for longer: frames in random order do not give it away.
     assert all(abs(np.mean(np.sign(differences))) < 0.2 for differences in waiting.values())
+
+
+def test_rearranged_frames_show_what_is_said_of_them(scenes):
+    rng = np.random.default_rng(0)
+    drawn = Counter()
+    for scene in scenes["train"]:
+        frames, shown = rearrange(scene, rng)
+        assert len(frames) == len(SAMPLED_TIMES) and not held_out_sights(shown)
+        assert sorted(shown.kinds) == sorted(scene.kinds)
+        times = [SAMPLED_TIMES[i] for i in frames]
+        begins = []
+        for thing in shown.objects:
+            before = next(other for other in scene.objects if other.kind == thing.kind)
+            seen = [i for i, time in enumerate(times) if before.visible(time)]
+            begins.append(seen[0])
+            (x0, y0, d0), (x1, y1, d1) = (before.place(times[seen[0]]), before.place(times[seen[-1]]))
+            if thing.motion in DIRECTIONS:
+                dx, dy = DIRECTIONS[thing.motion]
+                assert (x1 - x0) * dx + (y1 - y0) * dy > 0.1
+            elif thing.motion in ("growing", "shrinking"):
+                assert (d1 > d0) == (thing.motion == "growing")
+            elif thing.motion is None and scene.type == "order":
+                assert (x0, y0) == (x1, y1)
+            if thing.event in ("appears", "vanishes") and scene.type == "event":
+                assert (seen[0] > 0, seen[-1] < len(times) - 1) == (
+                    thing.event == "appears",
+                    thing.event == "vanishes",
+                )
+            elif thing.event == "changes":
+                assert thing.colour == before.colour_at(times[0]) and thing.new_colour == before.colour_at(times[-1])
+            drawn[before.motion, thing.motion] += 1
+        if scene.type == "order":
+            assert begins == sorted(begins) and begins[0] > 0
+    assert all(drawn[pair] for pair in (("left", "right"), ("left", "left"), ("up", None), ("growing", "shrinking")))
 
 
 def test_each_question_has_its_answer_among_the_choices(scenes):

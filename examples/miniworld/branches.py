@@ -1,11 +1,13 @@
 """Station 0, the end: starts the two branches, so that the decoder understands them from the first step of stage 1 on.
 
 The soft tokens of each clip are led to those that a dictionary (`dictionary.py`) has for what the clip shows; the
-decoder is not asked. Works on the cached features of the training clips; the audio branch is started on frames, never
-on sound.
+decoder is not asked. Works on the cached features of the training clips, of which the video branch sees the frames in
+other orders, too (`rearrange.py`); the audio branch is started on frames, never on sound.
 """
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +15,18 @@ import torch
 from dictionary import Dictionary, audio_words, encode, video_words
 from encoders import fit
 from make_data import clip_name, read_scenes, stand_in
+from rearrange import rearrange
 from torch import nn
 from torch.nn import functional as F
+from world import Scene
 
 from transformers_videollama import VideoLlamaForConditionalGeneration, VideoLlamaProcessor
 from transformers_videollama.modeling_video_llama_branches import VideoLlamaBranch
 from transformers_videollama.training.feature_cache import FeatureCache
 
 _SHARPNESS = 10.0  # of the choice between words, in units of the mean squared distance of two of them
+
+Batch = tuple[torch.Tensor, torch.Tensor]  # memory (n, steps in time, tokens, width), numbers of words (n, places)
 
 
 class WordLoss(nn.Module):
@@ -39,6 +45,7 @@ class WordLoss(nn.Module):
         places, count, _ = dictionary.parts.shape
         known = torch.zeros(places, count, dtype=torch.bool)
         known[torch.arange(places), words] = True
+        self.known = known
         self.place, self.word = known.nonzero(as_tuple=True)
         self.known_parts = dictionary.parts[known]
         self.number = known.flatten().cumsum(0).view_as(known) - 1  # of a known word among all of them
@@ -49,6 +56,10 @@ class WordLoss(nn.Module):
         self.apart = squares[:, :, None] + squares[:, None] - 2 * products  # squared, of two words in a place
         pairs = known[:, :, None] & known[:, None] & ~torch.eye(count, dtype=torch.bool)
         self.scale = (self.apart * pairs).sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)
+
+    def knows(self, words: torch.Tensor) -> torch.Tensor:
+        """Which rows of words (n, places) have none that was never seen in its place."""
+        return self.known[torch.arange(words.shape[1]), words].all(1)
 
     def distances(self, difference: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         """
@@ -74,27 +85,61 @@ class WordLoss(nn.Module):
         return choice + difference.square().sum(1).mean() / self.variance
 
 
+def stored_batch(memory: torch.Tensor, words: torch.Tensor, rng: np.random.Generator, size: int) -> Batch:
+    """Clips drawn at random."""
+    rows = torch.from_numpy(rng.integers(len(memory), size=size))
+    return memory[rows], words[rows]
+
+
+def rearranged_batch(
+    memory: torch.Tensor,
+    words: torch.Tensor,
+    scenes: list[Scene],
+    share: np.ndarray,
+    loss: WordLoss,
+    rng: np.random.Generator,
+    size: int,
+) -> Batch:
+    """Clips drawn at random, each with its share, with their frames in another order."""
+    rows = rng.choice(len(scenes), size, p=share)
+    orders, shown = zip(*(rearrange(scenes[row], rng) for row in rows), strict=True)
+    numbers = encode("video", [video_words(scene) for scene in shown])
+    frames = torch.tensor(orders)
+    known = loss.knows(numbers)[:, None]  # all are, unless the clips are few
+    frames = torch.where(known, frames, torch.arange(frames.shape[1]))
+    return memory[torch.from_numpy(rows)[:, None], frames], torch.where(known, numbers, words[rows])
+
+
+def shares(scenes: list[Scene]) -> np.ndarray:
+    """How often each clip is drawn: what moves while others come and go is seen for two or three frames only."""
+    weights = np.array([_weight(scene) for scene in scenes])
+    return weights / weights.sum()
+
+
+def _weight(scene: Scene) -> float:
+    if scene.type == "order" and any(thing.motion for thing in scene.objects):
+        return 6.0
+    is_hard = len(scene.objects) == 3 or any(thing.event == "changes" for thing in scene.objects)
+    return 1.5 if is_hard else 1.0
+
+
 def start_branch(
     name: str,
     branch: VideoLlamaBranch,
-    memory: torch.Tensor,
-    words: torch.Tensor,
+    draw: Callable[[np.random.Generator], Batch],
     loss: WordLoss,
     checkpoint: Path,
     steps: int,
-    batch_size: int,
     seed: int,
 ) -> None:
-    """
-    Leads the soft tokens of cached features (clips, steps in time, tokens, width) to those for words (clips, places).
-    """
+    """Leads the soft tokens of a branch to those for words; `draw` gives the batches."""
     branch.train()
 
     def loss_at(step: int) -> torch.Tensor:
-        rows = torch.from_numpy(np.random.default_rng([seed, step]).integers(len(memory), size=batch_size))
+        memory, words = draw(np.random.default_rng([seed, step]))
         with torch.autocast("cpu", torch.bfloat16):
-            soft_tokens = branch(memory[rows].float()).pooler_output
-        return loss(soft_tokens, words[rows])
+            soft_tokens = branch(memory.float()).pooler_output
+        return loss(soft_tokens, words)
 
     fit(name, list(branch.parameters()), loss_at, branch.state_dict, branch.load_state_dict, checkpoint, steps, 5e-4)
     branch.eval()
@@ -143,10 +188,13 @@ def start_branches(
         numbers = encode(name, list(words.values()))
         loss = WordLoss(dictionaries[name], numbers)
         training, validation = slice(-num_validation), slice(-num_validation, None)
+        if name == "video":
+            shown = scenes[training]
+            draw = partial(rearranged_batch, memory[training], numbers[training], shown, shares(shown), loss)
+        else:
+            draw = partial(stored_batch, memory[training], numbers[training])
         checkpoint = work / f"{name}_branch.pt"
-        start_branch(
-            f"{name} branch", branch, memory[training], numbers[training], loss, checkpoint, steps, batch_size, seed
-        )
+        start_branch(f"{name} branch", branch, partial(draw, size=batch_size), loss, checkpoint, steps, seed)
         score = word_score(branch, memory[validation], numbers[validation], loss)
         print(f"{name} branch: all words right of {score:.1%} of clips not trained on", flush=True)
     temporary = output.with_name(f"{output.name}.tmp")
