@@ -325,6 +325,9 @@ def test_encoded_media_take_the_place_of_media(model):
         with count_calls(model) as calls:
             assert torch.equal(model.generate(**inputs, mm_encoder_outputs=encoded, **options), expected)
         assert not calls
+        outputs = model(**inputs, mm_encoder_outputs=encoded)
+        assert outputs.video_outputs is encoded["video"] and outputs.image_outputs is None
+        assert torch.equal(outputs.video_hidden_states, encoded["video"].pooler_output)
 
 
 def test_an_embedded_prompt(model):

@@ -79,6 +79,8 @@ def test_float32_islands(folder, expected, model_class, dtype):
     names |= {name for name, _ in loaded.named_parameters() if "vision_tower.post_layernorm" in name}
     names |= {name for name, _ in loaded.named_parameters() if "audio_tower.post_layernorm" in name}
     assert islands == names
+    made = model_class._from_config(loaded.config, dtype=dtype)
+    assert {name for name, parameter in made.named_parameters() if parameter.dtype == torch.float32} == names
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32, dtype}
     outputs = loaded(**inputs())
     if model_class is VideoLlamaForConditionalGeneration:

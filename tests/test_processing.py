@@ -1,6 +1,7 @@
 """The processor: the published prompts, their tokens, media in chats, and what `transformers` and servers ask of
 it."""
 
+import dataclasses
 import http.server
 import json
 import re
@@ -250,6 +251,28 @@ def test_an_empty_audio_entry_beside_a_file_is_the_files_sound(processor):
                 chat = [user(*entries)]
                 assert processor.apply_chat_template(chat, **kwargs) == expected
                 assert chat == [user(*entries)], "the caller's chat stays as it was"
+
+
+def test_messages_and_entries_may_be_objects(processor):
+    """Dataclasses and, as those of the OpenAI client are, Pydantic's."""
+
+    @dataclasses.dataclass
+    class Entry:
+        type: str
+        text: str | None = None
+
+    class Message:
+        def __init__(self, content: list):
+            self.content = content
+
+        def model_dump(self) -> dict:
+            return {"role": "user", "content": [dataclasses.asdict(entry) for entry in self.content], "name": None}
+
+    entries = [Entry("text", "Hello."), Entry("video")]
+    as_dicts = [{"type": "text", "text": "Hello."}, {"type": "video"}]
+    expected = processor.apply_chat_template([{"role": "user", "content": as_dicts}])
+    assert processor.apply_chat_template([Message(entries)]) == expected
+    assert processor.apply_chat_template([{"role": "user", "content": entries}]) == expected
 
 
 def test_plain_template():

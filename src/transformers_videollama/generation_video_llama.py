@@ -4,6 +4,7 @@ Media are encoded once, before the prefill, and only those that the cache does n
 media, are repeated for beams and several answers.
 """
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -20,9 +21,18 @@ from transformers.cache_utils import Cache
 from transformers.generation import CandidateGenerator, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import utils as generation_utils
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.utils.deprecation import deprecate_kwarg
 
 # What the library calls the decoder's cache: `cache` since 5.24, `past_key_values` before
 CACHE_NAME = "cache" if any(field.name == "cache" for field in fields(BaseModelOutputWithPast)) else "past_key_values"
+
+
+def takes_either_cache_name(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a `forward`: where the library warns of the cache's old name, ours does, too."""
+    return (
+        deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")(forward) if CACHE_NAME == "cache" else forward
+    )
+
 
 # Per modality, what `forward` calls its inputs, and what the modality's feature getter calls them
 MEDIA_INPUTS = {

@@ -52,7 +52,13 @@ from .configuration_video_llama import (
     VideoLlamaConfig,
     VideoLlamaVisionConfig,
 )
-from .generation_video_llama import CACHE_NAME, MODALITIES, VideoLlamaGenerationMixin, check_soft_token_count
+from .generation_video_llama import (
+    CACHE_NAME,
+    MODALITIES,
+    VideoLlamaGenerationMixin,
+    check_soft_token_count,
+    takes_either_cache_name,
+)
 from .model_card import VideoLlamaModelCardMixin
 from .modeling_video_llama_branches import VideoLlamaBranch, VideoLlamaQFormerModel
 from .modeling_video_llama_towers import (
@@ -81,11 +87,16 @@ class VideoLlamaModelOutputWithPast(BaseModelOutputWithPast):
             Soft tokens of videos.
         audio_hidden_states (`torch.Tensor` of shape `(num_sounds, 8, hidden_size)`, *optional*):
             Soft tokens of sounds.
+        image_outputs, video_outputs, audio_outputs (`BaseModelOutputWithPooling`, *optional*):
+            All that the feature getters gave; or what `mm_encoder_outputs` held.
     """
 
     image_hidden_states: torch.Tensor | None = None
     video_hidden_states: torch.Tensor | None = None
     audio_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+    video_outputs: BaseModelOutputWithPooling | None = None
+    audio_outputs: BaseModelOutputWithPooling | None = None
 
 
 @dataclass
@@ -93,13 +104,16 @@ class VideoLlamaCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
     Output of [`VideoLlamaForConditionalGeneration`]: that of any causal language model, `loss` of shape `()`, the mean
     next-token loss over the labels, if `labels` were given, `logits` of shape `(batch_size, sequence_length,
-    vocab_size)`, the decoder's cache, `hidden_states` and `attentions`, and the soft tokens of
-    [`VideoLlamaModelOutputWithPast`].
+    vocab_size)`, the decoder's cache, `hidden_states` and `attentions`, and what [`VideoLlamaModelOutputWithPast`] has
+    of images, videos and sounds.
     """
 
     image_hidden_states: torch.Tensor | None = None
     video_hidden_states: torch.Tensor | None = None
     audio_hidden_states: torch.Tensor | None = None
+    image_outputs: BaseModelOutputWithPooling | None = None
+    video_outputs: BaseModelOutputWithPooling | None = None
+    audio_outputs: BaseModelOutputWithPooling | None = None
 
 
 class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
@@ -559,6 +573,7 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
             masks.append(mask)
         return tuple(masks)
 
+    @takes_either_cache_name
     @merge_with_config_defaults
     @can_return_tuple
     def forward(
@@ -676,6 +691,9 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
             image_hidden_states=features.get("image"),
             video_hidden_states=features.get("video"),
             audio_hidden_states=features.get("audio"),
+            image_outputs=encoded.get("image"),
+            video_outputs=encoded.get("video"),
+            audio_outputs=encoded.get("audio"),
         )
 
     def is_placeholder(self, input_ids: torch.LongTensor) -> torch.BoolTensor:
@@ -815,6 +833,7 @@ class VideoLlamaForConditionalGeneration(VideoLlamaPreTrainedModel, VideoLlamaGe
         """See [`VideoLlamaModel.load_audio_vision_tower`]."""
         self.model.load_audio_vision_tower(path, **kwargs)
 
+    @takes_either_cache_name
     @can_return_tuple
     def forward(
         self,
@@ -865,8 +884,7 @@ class VideoLlamaForConditionalGeneration(VideoLlamaPreTrainedModel, VideoLlamaGe
             audio_clip_features=audio_clip_features,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
-            cache=cache,
+            **{CACHE_NAME: past_key_values if cache is None else cache},
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             mm_encoder_outputs=mm_encoder_outputs,
@@ -902,6 +920,9 @@ class VideoLlamaForConditionalGeneration(VideoLlamaPreTrainedModel, VideoLlamaGe
             image_hidden_states=outputs.image_hidden_states,
             video_hidden_states=outputs.video_hidden_states,
             audio_hidden_states=outputs.audio_hidden_states,
+            image_outputs=outputs.image_outputs,
+            video_outputs=outputs.video_outputs,
+            audio_outputs=outputs.audio_outputs,
         )
 
 

@@ -28,8 +28,11 @@ from .configuration_video_llama import VideoLlamaAudioConfig, VideoLlamaAudioVis
 class VideoLlamaFloat32LayerNorm(nn.LayerNorm):
     """
     A layer norm computed in float32 whatever the dtype of its input and weights, as the published `ln_vision` is. It
-    ends every tower, where the features leave it.
+    ends every tower, where the features leave it. Its weights are made in float32 whatever the default dtype.
     """
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__(hidden_size, eps=eps, dtype=torch.float32)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         normalized = F.layer_norm(
@@ -234,7 +237,7 @@ class VideoLlamaAudioModel(VideoLlamaTower):
         self.encoder = VideoLlamaEncoder(config, VideoLlamaAudioEncoderLayer)
         self.post_layernorm = VideoLlamaFloat32LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(config.logit_scale_init_value)))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(config.logit_scale_init_value), dtype=torch.float32))
         self.post_init()
 
     @merge_with_config_defaults

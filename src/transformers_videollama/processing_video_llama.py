@@ -11,6 +11,7 @@ import bisect
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -484,13 +485,23 @@ def _split_chats(conversation: Any) -> tuple[list[list[dict[str, Any]]], bool]:
     return [list(chat) for chat in chats], is_batched
 
 
-def _read_message(message: dict[str, Any]) -> dict[str, Any]:
+def _as_dict(value: Any) -> Any:
+    """A message or an entry as a dict, if it is a dataclass or, as the OpenAI client's are, one of Pydantic's."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    if callable(getattr(value, "model_dump", None)):
+        return value.model_dump()
+    return value
+
+
+def _read_message(message: Any) -> dict[str, Any]:
     """A copy of a message, whose entries, if its content is not a string, are as `read_content_entry` returns them."""
+    message = _as_dict(message)
     if not isinstance(message, dict) or "role" not in message:
         raise ValueError(f"A message is a dict with 'role' and 'content'; got {message!r:.80}.")
     message = {name: value for name, value in message.items() if value is not None}
     if not isinstance(message.get("content", ""), str):
-        message["content"] = [read_content_entry(entry) for entry in message["content"]]
+        message["content"] = [read_content_entry(_as_dict(entry)) for entry in message["content"]]
     return message
 
 
@@ -539,11 +550,16 @@ def _entries(chats: list[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
 
 
 def _show(message: dict[str, Any]) -> dict[str, Any]:
-    """What the template gets to see of a message: words and notes, no media."""
+    """What the template gets to see of a message: words and notes, no media but, as `"url"`, the names of files."""
     if not isinstance(message.get("content"), list):
         return message
-    content = [{name: value for name, value in entry.items() if name != "source"} for entry in message["content"]]
-    return {**message, "content": content}
+    return {**message, "content": [_show_entry(entry) for entry in message["content"]]}
+
+
+def _show_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    source = entry.get("source")
+    shown = {name: value for name, value in entry.items() if name != "source"}
+    return {**shown, "url": source} if isinstance(source, str) else shown
 
 
 def _is_pair(sound: Any) -> bool:
