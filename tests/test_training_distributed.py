@@ -1,5 +1,5 @@
-"""Two processes train as one does: DDP and FSDP2 on CPUs, with the shipped `accelerate` configurations and the real
-script."""
+"""Two processes train as one does: DDP, FSDP2 and, where it is installed, DeepSpeed on CPUs, with the shipped
+`accelerate` configurations and the real script."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,24 @@ def test_an_adapter_is_saved_whole(two_processes: Runs, one_process: Run) -> Non
     assert found["lora"][0]["losses"] == pytest.approx(one_process[1][:1], rel=1e-5)
     tensors = load_file(folder / "lora" / "adapter_model.safetensors")
     assert tensors and all(tensor.numel() for tensor in tensors.values())
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="no DeepSpeed: pip install deepspeed")
+def test_deepspeed_trains_and_resumes_as_one_process_does(
+    model_folder: Path, data: Path, one_process: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    halves = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    last = f"checkpoint-{SAVED_STEP}"
+    for name, settings in (("whole", {}), ("resumed", {"resume_from_checkpoint": "last"})):
+        if name == "resumed":  # its checkpoints need as many processes as wrote them
+            shutil.copytree(tmp_path / "whole" / last, tmp_path / name / last)
+        runs = {name: arguments(model_folder, data, tmp_path / name, **halves, **settings)}
+        (tmp_path / "runs.json").write_text(json.dumps(runs))
+        launch("deepspeed_zero3", tmp_path, Path(__file__).with_name("distributed_runs.py"), tmp_path / "runs.json")
+        found = json.loads((tmp_path / f"{name}-0.json").read_text())
+        assert found["kind"] == "DEEPSPEED" and found["wrapper"] == "DeepSpeedEngine"
+        assert_same_run((tmp_path / name, found["losses"]), one_process)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2", "deepspeed_zero3"])

@@ -61,7 +61,8 @@ def get_published_schedule(
         total_steps, warmup_steps, min_learning_rate, warmup_start_learning_rate:
             As for [`published_learning_rate`].
     """
-    peak = optimizer.defaults["lr"]
+    group = optimizer.param_groups[0]  # DeepSpeed's have no `defaults`
+    peak = group.get("initial_lr", group["lr"])
     return LambdaLR(
         optimizer,
         partial(

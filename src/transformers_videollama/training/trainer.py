@@ -353,6 +353,10 @@ class VideoLlamaTrainer(Trainer):
             load_adapter_weights(target, resume_from_checkpoint)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: Any) -> Any:
+        if self.is_deepspeed_enabled:
+            for parameter in self.model.parameters():
+                if parameter.dim() == 0:  # a frozen scale: DeepSpeed cannot send what has no dimension
+                    parameter.data = parameter.data.reshape(1)
         if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         # The library would look for the frozen parameters in DeepSpeed's checkpoint, too
