@@ -188,13 +188,15 @@ def start_branches(
         numbers = encode(name, list(words.values()))
         loss = WordLoss(dictionaries[name], numbers)
         training, validation = slice(-num_validation), slice(-num_validation, None)
-        if name == "video":
+        draws = {f"{name} branch": partial(stored_batch, memory[training], numbers[training])}
+        if name == "video":  # first as they are, from which it is quicker to learn what is where
             shown = scenes[training]
-            draw = partial(rearranged_batch, memory[training], numbers[training], shown, shares(shown), loss)
-        else:
-            draw = partial(stored_batch, memory[training], numbers[training])
-        checkpoint = work / f"{name}_branch.pt"
-        start_branch(f"{name} branch", branch, partial(draw, size=batch_size), loss, checkpoint, steps, seed)
+            draws["video branch, rearranged"] = partial(
+                rearranged_batch, memory[training], numbers[training], shown, shares(shown), loss
+            )
+        for title, draw in draws.items():
+            checkpoint = work / f"{title.replace(', ', '_').replace(' ', '_')}.pt"
+            start_branch(title, branch, partial(draw, size=batch_size), loss, checkpoint, steps, seed)
         score = word_score(branch, memory[validation], numbers[validation], loss)
         print(f"{name} branch: all words right of {score:.1%} of clips not trained on", flush=True)
     temporary = output.with_name(f"{output.name}.tmp")

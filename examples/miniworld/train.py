@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sound-batch-size", type=int, default=64)
     parser.add_argument("--dictionary-steps", type=int, default=2000, help="steps of the dictionaries' training")
     parser.add_argument("--dictionary-batch-size", type=int, default=16)
-    parser.add_argument("--branch-steps", type=int, default=4000, help="steps that start each of the branches")
+    parser.add_argument("--branch-steps", type=int, default=4000, help="steps that start a branch, twice for video")
     parser.add_argument("--branch-batch-size", type=int, default=64)
     parser.add_argument("--processes", type=int, default=2, help="processes that render and read clips")
     parser.add_argument("--seed", type=int, default=0)
