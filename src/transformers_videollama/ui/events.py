@@ -175,6 +175,8 @@ class PageEvents:
         except (MediaError, RequestError, ValueError) as error:
             notice = show_notice(_without_folder(error, visitor.medium))
         except Exception:
+            if visitor.pending is not turn:  # whoever asked has left, and the files are gone
+                return
             logger.exception("A question could not be answered")
             notice = show_notice("The server failed at this question. Its log says why.")
         finally:
