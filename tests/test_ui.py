@@ -242,6 +242,8 @@ def test_a_recording_of_the_camera(browser: Any, site: Site) -> None:
             break
         assert "sample.webm cannot be read" in visitor.notice()
         visitor.context.close()
+    else:
+        pytest.fail("The browser recorded nothing")
     assert visitor.ask("What is it?", 1)
     visitor.context.close()
 

@@ -18,8 +18,8 @@ _FREEZE_SHARE = 0.25
 
 def rearrange(scene: Scene, rng: np.random.Generator) -> tuple[list[int], Scene]:
     """
-    The sampled frames of a clip in an order drawn at random, and what they show then. Times and places in the scene
-    are those of the clip as it was. No combination that the training split does not show comes about.
+    The sampled frames of a clip of the training split in an order drawn at random, and what they show then: never a
+    combination that the training split does not have. Times and places in the scene are those of the clip as it was.
     """
     while True:
         frames, things = (_in_turn if scene.type == "order" else _forwards_or_backwards)(scene, rng)

@@ -61,7 +61,9 @@ class PageServer(uvicorn.Server):
         self._stop_event = app.routes[-1].app.stop_event
         self._guard = _Guard(app)
         guarded = TrustedHostMiddleware(self._guard, allowed_hosts, www_redirect=False)
-        super().__init__(uvicorn.Config(guarded, log_level="error", ws="none", server_header=False))
+        super().__init__(
+            uvicorn.Config(guarded, log_level="error", ws="none", server_header=False, timeout_graceful_shutdown=5)
+        )
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -122,11 +124,11 @@ class _Guard:
             self._responding.discard(task)
 
     async def end(self, timeout: float) -> None:
-        """Ends the responses that are not complete after so many seconds."""
+        """Ends the responses that are not complete after so many seconds, and gives them as many to end."""
         self._is_ending = True
         if self._responding:
             _, open_ = await asyncio.wait(self._responding, timeout=timeout)
             for task in open_:
                 task.cancel()
             if open_:
-                await asyncio.wait(open_)
+                await asyncio.wait(open_, timeout=timeout)
