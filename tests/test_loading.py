@@ -228,6 +228,10 @@ def test_a_checkpoint_without_its_decoder(tmp_path):
             assert torch.equal(tensor, loaded.state_dict()[name]), name
         assert loaded.generation_config.max_new_tokens == 5
         assert loaded.name_or_path == str(tmp_path / "model")
+    torch.nn.init.normal_(loaded.lm_head.weight)
+    loaded.save_pretrained(tmp_path / "whole")  # with its decoder as it is now
+    whole = VideoLlamaForConditionalGeneration.from_pretrained(tmp_path / "whole")
+    assert torch.equal(whole.lm_head.weight, loaded.lm_head.weight)
     assert torch.equal(
         VideoLlamaModel.from_pretrained(tmp_path / "model").language_model.norm.weight, decoder.model.norm.weight
     )

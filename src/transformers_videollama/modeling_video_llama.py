@@ -150,7 +150,7 @@ class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
         Args:
             text_model (`str` or `os.PathLike`, *optional*):
                 For a checkpoint that leaves the decoder out, the folder or Hub id where the decoder is; by default the
-                one that its configuration names as `text_model`.
+                one that its configuration names as `text_model`. `save_pretrained` then writes the whole model.
         """
         if quantization_config is not None:
             quantization_config = _skip_media_parts(quantization_config)
@@ -217,6 +217,7 @@ class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
                 )
         model = super().from_pretrained(None, state_dict=weights, config=config, **kwargs)
         model.name_or_path = model.config._name_or_path = os.fspath(name)
+        model.config.text_model = None  # saved, the model has its decoder, which may have been trained since
         if model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(name, **hub_options)
         adapter = adapter_options.pop("_adapter_model_path", None)
