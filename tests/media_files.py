@@ -70,6 +70,7 @@ def write_media(
     container_format: str | None = None,
     container_options: dict[str, str] | None = None,
     codec_options: dict[str, str] | None = None,
+    title: str | None = None,
 ) -> Path:
     """Write a file of `num_frames` frames (0: no video track) and the sound `audio` (None: no audio track).
 
@@ -83,6 +84,8 @@ def write_media(
     if pictures is not None:
         num_frames, height, width = pictures.shape[:3]
     with av.open(str(path), "w", format=container_format, options=container_options or {}) as container:
+        if title is not None:
+            container.metadata["title"] = title
         if num_frames:
             video_stream = container.add_stream(codec, rate=fps)
             video_stream.width, video_stream.height, video_stream.pix_fmt = width, height, pix_fmt

@@ -196,6 +196,14 @@ def test_every_form_of_source_gives_the_same(address: str, backend: str):
             assert np.array_equal(read_audio(opened)[0], samples), name
 
 
+def test_a_title_in_an_unknown_encoding_is_no_reason_not_to_read(tmp_path: Path):
+    path = write_media(tmp_path / "clip.mp4", title="né")
+    data = path.read_bytes()
+    assert data.count("né".encode()) == 1
+    path.write_bytes(data.replace("né".encode(), "né\xff".encode("latin-1")))
+    assert len(read_video(path, 8)[0]) == 8
+
+
 @pytest.mark.parametrize(
     "name", ["a:b.mp4", "100% %d.mp4", "with space.mp4", "ünïcode.mp4", "-dash.mp4", "pipe|x.mp4"]
 )

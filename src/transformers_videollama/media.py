@@ -25,6 +25,7 @@ import importlib.util
 import io
 import math
 import os
+import struct
 import tempfile
 import time
 import urllib.error
@@ -71,6 +72,7 @@ _MIN_SKIPPED_FRAMES = 24
 # By how much a file may be shorter than its header says, and its sound than the sound's (encoders pad the end)
 _MAX_MISSING_SECONDS = 0.1
 _MAX_MISSING_SOUND_SECONDS = 0.5
+_SKIP_SAMPLES = "<IIBB"  # FFmpeg's side data: samples to leave out at the start and at the end, and why
 
 
 class MediaError(ValueError):
@@ -123,11 +125,13 @@ class OpenedMedia:
         """Open with PyAV; every error of FFmpeg inside the block becomes a `MediaError`."""
         import av
 
+        # Titles in unknown encodings are no reason not to read a file; PyAV 19 takes them without being told
+        tolerant = {"metadata_errors": "replace"} if _pyav_version() < 19 else {}
         try:
             with av.open(
                 self.path if self.path is not None else io.BytesIO(self.data or b""),
-                metadata_errors="replace",
                 container_options={"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"},
+                **tolerant,
             ) as container:
                 yield container
         except (av.error.FFmpegError, OSError) as error:
@@ -808,6 +812,24 @@ def open_picture(source: str | os.PathLike | bytes) -> PIL.Image.Image:
             raise MediaError(f"{media.name} cannot be read as an image: {error}") from error
 
 
+def _pyav_version() -> int:
+    import av
+
+    return int(av.__version__.partition(".")[0])
+
+
+def _keep_last_samples(packet: Packet) -> None:
+    """
+    FFmpeg 9, which PyAV has since 19, cuts the last block of an MP4 file's sound where the file says that it ends. All
+    before it give the block whole, and so did the published system, whose clips of sound follow from the length.
+    """
+    skipped = packet.get_sidedata("skip_samples")
+    if skipped:
+        at_start, _, *reasons = struct.unpack(_SKIP_SAMPLES, bytes(skipped))
+        skipped.update(struct.pack(_SKIP_SAMPLES, at_start, 0, *reasons))
+        packet.set_sidedata(skipped)
+
+
 def read_audio(source: MediaSource) -> tuple[np.ndarray, int] | None:
     """Read the sound of an audio file, or a video's own audio track, with PyAV.
 
@@ -833,11 +855,15 @@ def read_audio(source: MediaSource) -> tuple[np.ndarray, int] | None:
             raise MediaError(f"{media.name} holds sound in a format that the installed FFmpeg cannot decode.")
         blocks: list[np.ndarray] = []
         num_errors, resampler = 0, None
+        is_mov = container.format.name.startswith("mov")
         packets = container.demux(stream)
         while True:
             _check_time(container)
             try:
-                frames = stream.decode(next(packets))
+                packet = next(packets)
+                if is_mov and _pyav_version() >= 19:
+                    _keep_last_samples(packet)
+                frames = stream.decode(packet)
             except (StopIteration, av.error.EOFError):
                 break
             except av.error.InvalidDataError:
@@ -855,7 +881,7 @@ def read_audio(source: MediaSource) -> tuple[np.ndarray, int] | None:
         samples = np.concatenate(blocks, axis=1)
         found = samples.shape[1] / rate
         stated = 0.0
-        if stream.duration and stream.time_base and container.format.name.startswith("mov"):
+        if stream.duration and stream.time_base and is_mov:
             stated = float(stream.duration * stream.time_base)
         if num_errors or found < stated - _MAX_MISSING_SOUND_SECONDS:
             raise MediaError(
