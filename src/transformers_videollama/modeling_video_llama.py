@@ -767,13 +767,13 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
         Sets the mode, but parts without trainable parameters stay in eval mode, and so do the encoders, unless
         [`~VideoLlamaModel.set_trainable`] named them (paper, section 2.2).
         """
-        super().train(mode)
-        for name in _PARTS:
-            part = getattr(self, name)
-            if part is None:
-                continue
-            trains = any(parameter.requires_grad for parameter in part.parameters())
-            if not trains or (name in _ENCODERS and name not in self._trainable_parts):
+        self.training = mode
+        # A trainer asks for this at every step: of thousands of modules that rest already none is set again
+        for name, part in self.named_children():
+            rests = name in _ENCODERS and name not in self._trainable_parts
+            if mode and not rests and any(parameter.requires_grad for parameter in part.parameters()):
+                part.train()
+            elif any(module.training for module in part.modules()):
                 part.eval()
         return self
 
