@@ -1,6 +1,7 @@
 """Fixtures that several test files share: the reference files, and the model converted from them."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,15 @@ REFERENCE_FLAGS = {
 def pytest_configure() -> None:
     # Two workers on two cores: threads of their own would only get into each other's way.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where a test runs: on the CPU, and on a GPU where there is one, there with all bits of float32."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield torch.device(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -19,22 +19,22 @@ GRADIENT_TOLERANCE = 1e-3
 
 
 @pytest.fixture(scope="module")
-def model(tiny_folder: Path) -> VideoLlamaForConditionalGeneration:
+def model(tiny_folder: Path, device: torch.device) -> VideoLlamaForConditionalGeneration:
     model = VideoLlamaForConditionalGeneration.from_pretrained(tiny_folder, dtype=torch.float32)
     model.load_audio_vision_tower()
-    return model.eval()
+    return model.to(device).eval()
 
 
 @pytest.fixture(scope="module")
-def frames(expected: dict[str, torch.Tensor]) -> torch.Tensor:
+def frames(expected: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
     """(2, 8, 3, 224, 224)"""
-    return upsample(expected["in.frames_lowres"]).unflatten(0, (2, 8))
+    return upsample(expected["in.frames_lowres"]).unflatten(0, (2, 8)).to(device)
 
 
 @pytest.fixture(scope="module")
-def sounds(expected: dict[str, torch.Tensor]) -> torch.Tensor:
+def sounds(expected: dict[str, torch.Tensor], device: torch.device) -> torch.Tensor:
     """(2, 8, 128, 204)"""
-    return expected["in.mel"].float().squeeze(2)
+    return expected["in.mel"].float().squeeze(2).to(device)
 
 
 def upsample(frames: torch.Tensor) -> torch.Tensor:
@@ -42,7 +42,7 @@ def upsample(frames: torch.Tensor) -> torch.Tensor:
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(actual.cpu(), expected, rtol=0, atol=tolerance)
 
 
 @torch.no_grad()
@@ -57,7 +57,7 @@ def test_frame_encoder(model, frames, expected):
 def test_soft_tokens_of_videos_and_images(model, frames, expected):
     assert_close(model.get_video_features(frames).pooler_output, expected["video.embeds"])
     assert_close(model.get_image_features(frames[:, 0]).pooler_output, expected["image.embeds"])
-    frames20 = upsample(expected["in.frames20_lowres"])[None]
+    frames20 = upsample(expected["in.frames20_lowres"])[None].to(frames.device)
     assert_close(model.get_video_features(frames20).pooler_output, expected["video20.embeds"])
 
 
@@ -82,7 +82,7 @@ def test_logits_and_greedy_tokens(model, frames, sounds, expected):
     audio = torch.full((1, config.num_audio_query_tokens), config.audio_token_id)
     video = torch.full((1, config.num_video_query_tokens), config.video_token_id)
     input_ids = torch.cat([expected["gen.pre"], audio, expected["gen.mid"], video, expected["gen.post"]], dim=1)
-    inputs = {"input_ids": input_ids, "input_features": sounds[:1], "pixel_values_videos": frames[:1]}
+    inputs = {"input_ids": input_ids.to(model.device), "input_features": sounds[:1], "pixel_values_videos": frames[:1]}
     assert_close(model(**inputs).logits, expected["gen.prefill_logits"])
     tokens = model.generate(**inputs, max_new_tokens=16, do_sample=False, eos_token_id=None)
     # The reference's first id is a start token that its generation loop put there.
@@ -98,9 +98,9 @@ def test_losses_and_gradients(model, frames, expected, branch):
     input_ids = torch.where(input_ids == meta["image_token_id"], placeholder, input_ids)
     model.zero_grad()
     loss = model(
-        input_ids=input_ids,
-        attention_mask=expected[f"train.{branch}.attention_mask"],
-        labels=expected[f"train.{branch}.labels"],
+        input_ids=input_ids.to(model.device),
+        attention_mask=expected[f"train.{branch}.attention_mask"].to(model.device),
+        labels=expected[f"train.{branch}.labels"].to(model.device),
         **{"pixel_values_videos" if branch == "video" else "audio_pixel_values_videos": frames},
     ).loss
     assert_close(loss.detach(), expected[f"train.{branch}.loss"], LOSS_TOLERANCE)
@@ -112,7 +112,7 @@ def test_losses_and_gradients(model, frames, expected, branch):
     largest = max(expected[prefix + name].norm() for name in names)
     for name in names:
         (translated,) = translate(name)
-        gradient, reference = parameters[translated].grad, expected[prefix + name]
+        gradient, reference = parameters[translated].grad.cpu(), expected[prefix + name]
         # A key's bias adds the same to all scores of a query: its true gradient is zero, and both sides hold rounding.
         scale = largest if name.endswith("key.bias") else reference.norm()
         assert (gradient - reference).norm() <= GRADIENT_TOLERANCE * scale, name
