@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from dictionary import Dictionary, audio_words, encode, video_words
-from encoders import fit
+from encoders import DEVICE, fit
 from make_data import clip_name, read_scenes, stand_in
 from rearrange import rearrange
 from torch import nn
@@ -43,7 +43,8 @@ class WordLoss(nn.Module):
         super().__init__()
         self.dictionary = dictionary
         places, count, _ = dictionary.parts.shape
-        known = torch.zeros(places, count, dtype=torch.bool)
+        words = words.to(DEVICE)
+        known = torch.zeros(places, count, dtype=torch.bool, device=DEVICE)
         known[torch.arange(places), words] = True
         self.known = known
         self.place, self.word = known.nonzero(as_tuple=True)
@@ -54,7 +55,7 @@ class WordLoss(nn.Module):
         products = dictionary.parts @ dictionary.parts.mT
         squares = products.diagonal(dim1=1, dim2=2)
         self.apart = squares[:, :, None] + squares[:, None] - 2 * products  # squared, of two words in a place
-        pairs = known[:, :, None] & known[:, None] & ~torch.eye(count, dtype=torch.bool)
+        pairs = known[:, :, None] & known[:, None] & ~torch.eye(count, dtype=torch.bool, device=DEVICE)
         self.scale = (self.apart * pairs).sum((1, 2)) / pairs.sum((1, 2)).clamp(min=1)
 
     def knows(self, words: torch.Tensor) -> torch.Tensor:
@@ -105,7 +106,7 @@ def rearranged_batch(
     orders, shown = zip(*(rearrange(scenes[row], rng) for row in rows), strict=True)
     numbers = encode("video", [video_words(scene) for scene in shown])
     frames = torch.tensor(orders)
-    known = loss.knows(numbers)[:, None]  # all are, unless the clips are few
+    known = loss.knows(numbers.to(DEVICE)).cpu()[:, None]  # all are, unless the clips are few
     frames = torch.where(known, frames, torch.arange(frames.shape[1]))
     return memory[torch.from_numpy(rows)[:, None], frames], torch.where(known, numbers, words[rows])
 
@@ -136,8 +137,8 @@ def start_branch(
     branch.train()
 
     def loss_at(step: int) -> torch.Tensor:
-        memory, words = draw(np.random.default_rng([seed, step]))
-        with torch.autocast("cpu", torch.bfloat16):
+        memory, words = (tensor.to(DEVICE) for tensor in draw(np.random.default_rng([seed, step])))
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             soft_tokens = branch(memory.float()).pooler_output
         return loss(soft_tokens, words)
 
@@ -150,7 +151,7 @@ def word_score(branch: VideoLlamaBranch, memory: torch.Tensor, words: torch.Tens
     """Share of clips in which each word is nearer than any other in its place."""
     right = [
         loss.nearest(branch(rows.float()).pooler_output, truth) == truth
-        for rows, truth in zip(memory.split(256), words.split(256), strict=True)
+        for rows, truth in zip(memory.to(DEVICE).split(256), words.to(DEVICE).split(256), strict=True)
     ]
     return float(torch.cat(right).all(-1).float().mean())
 
@@ -171,7 +172,7 @@ def start_branches(
     Writes the model folder `base` to `output` with its branches started from `dictionaries`; each one's last clips
     tell how well.
     """
-    model = VideoLlamaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+    model = VideoLlamaForConditionalGeneration.from_pretrained(base, dtype=torch.float32).to(DEVICE)
     processor = VideoLlamaProcessor.from_pretrained(base)
     work.mkdir(parents=True, exist_ok=True)
     cache = FeatureCache(features)

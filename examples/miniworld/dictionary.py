@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from encoders import fit
+from encoders import DEVICE, fit
 from make_data import clip_name, read_scenes, stand_in
 from torch import nn
 from torch.nn import functional as F
@@ -92,7 +92,7 @@ class Dictionary(nn.Module):
     def forward(self, words: torch.Tensor) -> torch.Tensor:
         """Numbers of words (n, places) to soft tokens (n, tokens, width)."""
         places, count, _ = self.parts.shape
-        rows = words + count * torch.arange(places)
+        rows = words + count * torch.arange(places, device=words.device)
         added = F.embedding_bag(rows, self.parts.flatten(0, 1), mode="sum")
         return (added + self.bias).unflatten(1, (self.tokens, -1))
 
@@ -105,7 +105,7 @@ def new_dictionary(
     A dictionary to start from: soft token p is the decoder's embedding of the word in place p; those of a sound are
     its kind and its moment.
     """
-    table = model.get_input_embeddings().weight.detach().float()
+    table = model.get_input_embeddings().weight.detach().float().cpu()
 
     def embedding(word: str) -> torch.Tensor:
         return table[processor.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]].mean(0)
@@ -181,16 +181,16 @@ def train_dictionaries(
     """The dictionaries of both branches, trained through the decoder of the model folder `base`."""
     model = VideoLlamaForConditionalGeneration.from_pretrained(
         base, dtype=torch.bfloat16, attn_implementation="eager"
-    )  # for short prompts on a CPU the fastest
+    ).to(DEVICE)  # eager: for short prompts on a CPU the fastest
     processor = VideoLlamaProcessor.from_pretrained(base)
-    dictionaries = nn.ModuleDict({branch: new_dictionary(branch, model, processor) for branch in BRANCHES})
+    dictionaries = nn.ModuleDict({branch: new_dictionary(branch, model, processor) for branch in BRANCHES}).to(DEVICE)
     conversations = _Conversations(data, processor, batch_size, seed)
     model.requires_grad_(False)
     features = {"video": "video_frame_features", "audio": "audio_clip_features"}
     token_ids = {"video": model.config.video_token_id, "audio": model.config.audio_token_id}
 
     def loss_at(step: int) -> torch.Tensor:
-        batch = conversations.batch(step)
+        batch = {name: tensor.to(DEVICE) for name, tensor in conversations.batch(step).items()}
         ids = batch["input_ids"]
         embeds = model.get_input_embeddings()(ids.masked_fill(model.model.is_placeholder(ids), 0))
         for branch, dictionary in dictionaries.items():

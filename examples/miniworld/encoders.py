@@ -11,6 +11,7 @@
   kind among themselves as well, and so do empty frames and silence.
 
 Frames and sounds are read from the rendered files by the real processor, once, into arrays in the work folder.
+All of this station is trained on a GPU where there is one.
 """
 
 import json
@@ -31,6 +32,7 @@ from world import COLOURS, KINDS, SAMPLED_TIMES, SECONDS, Scene
 
 from transformers_videollama import VideoLlamaForConditionalGeneration, VideoLlamaProcessor
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NOTHING = len(KINDS)  # the label of an empty frame and of silence
 UNCLEAR = -1  # several kinds in a frame, a sound that is cut off
 NUM_WINDOWS = 2  # kept of a sound's eight, which overlap by seven eighths
@@ -178,11 +180,16 @@ class FrameHeads(nn.Module):
         return kind, rgb
 
 
+def _answers(shown: torch.Tensor) -> torch.Tensor:
+    """What query k has to say: its kind k, or that it is not there (n, kinds)."""
+    return torch.where(shown, torch.arange(len(KINDS), device=shown.device), NOTHING)
+
+
 def cover_patches(shown: torch.Tensor, places: torch.Tensor, rows: int) -> torch.Tensor:
     """
     Which kind covers the centre of each of rows x rows patches (n, patches), from what frames show; else NOTHING.
     """
-    centres = (torch.arange(rows) + 0.5) / rows
+    centres = (torch.arange(rows, device=shown.device) + 0.5) / rows
     y, x = (grid.flatten() for grid in torch.meshgrid(centres, centres, indexing="ij"))
     distance = torch.maximum((x - places[..., 0:1]).abs(), (y - places[..., 1:2]).abs())  # (n, kinds, patches)
     inside = (distance < 0.9 * places[..., 2:3] / 2) & shown[..., None]
@@ -191,7 +198,7 @@ def cover_patches(shown: torch.Tensor, places: torch.Tensor, rows: int) -> torch
 
 def bin_shares(places: torch.Tensor) -> torch.Tensor:
     """Places (n, 3) as shares of the two nearest bins, whose mean they are: (n, 3, BINS)."""
-    distance = (places[..., None] - BIN_CENTRES).abs() * BINS
+    distance = (places[..., None] - BIN_CENTRES.to(places.device)).abs() * BINS
     return (1 - distance).clamp(min=0)
 
 
@@ -205,7 +212,7 @@ def frame_loss(
 ) -> torch.Tensor:
     """Which kinds are there, colour and place of those that are; kind and colour of what covers patches."""
     query_logits, query_rgb, place = heads.read_queries(queries)
-    answers = torch.where(shown, torch.arange(len(KINDS)), NOTHING)
+    answers = _answers(shown)
     loss = 2 * F.cross_entropy(query_logits.flatten(0, 1), answers.flatten())
     kind_logits, patch_rgb = heads.read_patches(patches)
     kinds = cover_patches(shown, places, math.isqrt(patches.shape[1]))
@@ -222,7 +229,7 @@ def frame_loss(
 def contrastive_loss(vectors: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Supervised contrastive loss of normalised vectors (n, width): those of one label attract each other."""
     logits = vectors @ vectors.T / TEMPERATURE
-    itself = torch.eye(len(labels), dtype=torch.bool)
+    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     log_probabilities = logits - logits.masked_fill(itself, -torch.inf).logsumexp(1, keepdim=True)
     positive = (labels[:, None] == labels) & ~itself
     has_positive = positive.any(1)
@@ -254,7 +261,7 @@ def fit(
     )
     first = 0
     if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         restore(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         schedule.load_state_dict(saved["schedule"])
@@ -293,11 +300,12 @@ def train_frame_encoder(
     seed: int,
 ) -> FrameHeads:
     """Trains the ViT and the image Q-Former; the heads are returned for [`frame_scores`]."""
+    model.to(DEVICE)
     model.set_trainable(["vision_tower", "qformer"])
     model.train()
     torch.manual_seed(seed)
     config = model.config
-    heads = FrameHeads(config.qformer_config.hidden_size, config.vision_config.hidden_size)
+    heads = FrameHeads(config.qformer_config.hidden_size, config.vision_config.hidden_size).to(DEVICE)
     parts = nn.ModuleDict({"vision_tower": model.model.vision_tower, "qformer": model.model.qformer, "heads": heads})
     parameters = [*parts.parameters(), model.model.query_tokens]
     # Frames that show more are drawn more often
@@ -310,11 +318,11 @@ def train_frame_encoder(
         picture = rng.integers(len(pictures["frames"]), size=num_pictures)
         frame = np.searchsorted(chances, chances[-1] * rng.random(batch_size - num_pictures))
         batch = {
-            name: torch.from_numpy(np.concatenate([pictures[name][picture], clips[name][divmod(frame, num_frames)]]))
+            name: _on_device(np.concatenate([pictures[name][picture], clips[name][divmod(frame, num_frames)]]))
             for name in pictures
         }
         pixels = _normalise(batch.pop("frames"), processor)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             patches = model.model.vision_tower(pixels).last_hidden_state
             queries = model.model.qformer(
                 query_embeds=model.model.query_tokens.expand(len(pixels), -1, -1), encoder_hidden_states=patches
@@ -346,7 +354,7 @@ def train_imagebind(
     Trains ImageBind's towers; every batch is half frames, half sounds, with every kind about as often. Like
     ImageBind's own, the vision tower starts from an image encoder that is trained already: the frame encoder.
     """
-    copy_image_encoder(model)
+    copy_image_encoder(model.to(DEVICE))
     model.set_trainable(["audio_tower", "audio_vision_tower"])
     model.train()
     towers = nn.ModuleDict({"sound": model.model.audio_tower, "frames": model.model.audio_vision_tower})
@@ -362,13 +370,13 @@ def train_imagebind(
         present = np.array([label for label, found in enumerate(places[name]) if len(found)])
         labels = rng.choice(present, size=batch_size // 2)
         rows = np.stack([places[name][label][rng.integers(len(places[name][label]))] for label in labels])
-        return torch.from_numpy(clips[name][rows[:, 0], rows[:, 1]]), torch.from_numpy(labels)
+        return _on_device(clips[name][rows[:, 0], rows[:, 1]]), _on_device(labels)
 
     def loss_at(step: int) -> torch.Tensor:
         rng = np.random.default_rng([seed, 1, step])
         frames, frame_labels = draw("frames", rng)
         windows, window_labels = draw("windows", rng)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16):
             seen = model.model.get_clip_features(pixel_values_videos=_normalise(frames, processor)[:, None])
             heard = model.model.get_clip_features(input_features=windows.float()[:, None])
         vectors = torch.cat([seen.last_hidden_state, heard.last_hidden_state]).flatten(0, 1).float()
@@ -409,18 +417,17 @@ def frame_scores(
     How well frames of some clips are described: kinds all right, colour right, distance of the centre (view = 1).
     """
     frames, shown, rgb, places = (
-        torch.from_numpy(clips[name][rows]).flatten(0, 1) for name in ("frames", "shown", "rgb", "places")
+        _on_device(clips[name][rows]).flatten(0, 1) for name in ("frames", "shown", "rgb", "places")
     )
     queries = model.model.get_frame_features(_normalise(frames, processor)).last_hidden_state
     kind, colour, place_logits = heads.read_queries(queries)
-    place = place_logits.softmax(-1) @ BIN_CENTRES
-    answers = torch.where(shown, torch.arange(len(KINDS)), NOTHING)
+    place = place_logits.softmax(-1) @ BIN_CENTRES.to(DEVICE)
 
     def named(values: torch.Tensor) -> torch.Tensor:  # the nearest colour of the world
-        return torch.cdist(values, PALETTE).argmin(-1)
+        return torch.cdist(values, PALETTE.to(DEVICE)).argmin(-1)
 
     return {
-        "kinds": float((kind.argmax(-1) == answers).all(-1).float().mean()),
+        "kinds": float((kind.argmax(-1) == _answers(shown)).all(-1).float().mean()),
         "colour": float((named(colour[shown]) == named(rgb[shown])).float().mean()),
         "place": float((place - places)[shown][:, :2].norm(dim=-1).mean()),
     }
@@ -435,14 +442,14 @@ def hearing_score(
 ) -> float:
     """Share of sounds whose nearest mean frame vector, of the kinds and of nothing, is the right one."""
     frames, labels = (
-        torch.from_numpy(clips["frames"][rows]).flatten(0, 1),
-        label_frames(torch.from_numpy(clips["shown"][rows])).flatten(),
+        _on_device(clips["frames"][rows]).flatten(0, 1),
+        label_frames(_on_device(clips["shown"][rows])).flatten(),
     )
     seen = model.model.get_clip_features(pixel_values_videos=_normalise(frames, processor)[:, None]).last_hidden_state
     means = torch.stack([seen[labels == label].mean((0, 1)) for label in range(NOTHING + 1)])
     windows, window_labels = (
-        torch.from_numpy(clips["windows"][rows]).flatten(0, 1),
-        torch.from_numpy(clips["window_labels"][rows]).flatten(),
+        _on_device(clips["windows"][rows]).flatten(0, 1),
+        _on_device(clips["window_labels"][rows]).flatten(),
     )
     clear = window_labels != UNCLEAR
     heard = model.model.get_clip_features(input_features=windows[clear].float()[:, None]).last_hidden_state[:, 0]
@@ -450,9 +457,14 @@ def hearing_score(
     return float((guesses == window_labels[clear]).float().mean())
 
 
-def _normalise(frames: np.ndarray | torch.Tensor, processor: VideoLlamaProcessor) -> torch.Tensor:
+def _on_device(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array).to(DEVICE)
+
+
+def _normalise(frames: torch.Tensor, processor: VideoLlamaProcessor) -> torch.Tensor:
     video_processor = processor.video_processor
     mean, std = (
-        torch.tensor(values).view(3, 1, 1) for values in (video_processor.image_mean, video_processor.image_std)
+        torch.tensor(values, device=frames.device).view(3, 1, 1)
+        for values in (video_processor.image_mean, video_processor.image_std)
     )
-    return (torch.as_tensor(frames).float() / 255 - mean) / std
+    return (frames.float() / 255 - mean) / std

@@ -11,7 +11,7 @@
 
 Stages 1 to 3 are runs of `examples/training/train.py` with the YAML files of the folder `stages`. Interrupted at any
 time, the same command goes on where it stopped. At the end everything but the decoder is written to `model/`, where
-`from_pretrained` finds it.
+`from_pretrained` finds it. Everything is trained on a GPU where there is one, else on the CPU.
 """
 
 import argparse
@@ -24,7 +24,7 @@ import torch
 from branches import start_branches
 from decoder import find_decoder
 from dictionary import train_dictionaries
-from encoders import frame_scores, hearing_score, read_clips, train_frame_encoder, train_imagebind
+from encoders import DEVICE, frame_scores, hearing_score, read_clips, train_frame_encoder, train_imagebind
 from make_data import make_data
 from model_file import export_model
 from pictures import make_pictures
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
             config.write_text(datasets.replace("<data>", str(data)), encoding="utf-8")
             start = ("--trained_part", previous) if previous else ()
             run("train.py", config, "--model", model, *start, "--feature_cache", features, "--output_dir", output,
-                "--merge", "true", "--resume_from_checkpoint", "last")  # fmt: skip
+                "--use_cpu", DEVICE.type == "cpu", "--merge", "true", "--resume_from_checkpoint", "last")  # fmt: skip
         previous = output
     export_model(options.work / STAGES[-1] / "merged", options.output)
 
