@@ -27,7 +27,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,8 @@ class Load:
         num_videos (`int`): How many there are; every epoch shows each several times.
         batch_size (`int`, *optional*): In place of the stage's own.
         warm_up, steps (`int`): Steps of a turn that are not timed, and that are.
+        plain_steps (`int`): Timed steps of the plain loop, after a single one: it prepares nothing ahead, so that all
+            its steps take the same.
         workers (`int`): Processes that decode for the training code.
     """
 
@@ -95,13 +97,14 @@ class Load:
     batch_size: int | None
     warm_up: int
     steps: int
+    plain_steps: int
     workers: int
 
 
 # Few videos of little content on a CPU; those of WebVid's size on a GPU, and the published batches
 LOADS = {
-    "cpu": Load(240, 320, 2, 4, batch_size=2, warm_up=1, steps=2, workers=0),
-    "cuda": Load(336, 596, 8, 32, batch_size=None, warm_up=4, steps=16, workers=14),
+    "cpu": Load(240, 320, 2, 4, batch_size=2, warm_up=1, steps=2, plain_steps=2, workers=0),
+    "cuda": Load(336, 596, 8, 32, batch_size=None, warm_up=4, steps=16, plain_steps=4, workers=14),
 }
 
 
@@ -194,7 +197,9 @@ def write_data(folder: Path, load: Load, num_rows: int) -> None:
             chats.write(json.dumps({"messages": messages}) + "\n")
 
 
-def stage_arguments(stage: str, contender: str, folder: Path, load: Load, device: str) -> tuple[Any, Any, Any]:
+def stage_arguments(
+    stage: str, contender: str, folder: Path, load: Load, device: str, compile_decoder: bool
+) -> tuple[Any, Any, Any]:
     """What `examples/training/train.py` would make of the stage's file, with this data and without anything saved."""
     is_first = stage.endswith("1")
     source = {"format": "webvid" if is_first else "chat", "annotations": str(folder / "captions.csv")}
@@ -213,6 +218,7 @@ def stage_arguments(stage: str, contender: str, folder: Path, load: Load, device
         "disable_tqdm": "true",
         "bf16": str(device == "cuda").lower(),
         "use_cpu": str(device == "cpu").lower(),
+        "compile_decoder": str(compile_decoder).lower(),
     }
     if load.batch_size is not None:
         options["per_device_train_batch_size"] = load.batch_size
@@ -268,9 +274,11 @@ class Turn:
         folder: Path,
         load: Load,
         device: str,
+        compile_decoder: bool = False,
     ):
-        self.contender, self.model, self.processor, self.load = contender, model, processor, load
-        model_args, data_args, self.args = stage_arguments(stage, contender, folder, load, device)
+        self.contender, self.model, self.processor = contender, model, processor
+        self.load = replace(load, warm_up=1, steps=load.plain_steps) if contender == "plain" else load
+        model_args, data_args, self.args = stage_arguments(stage, contender, folder, load, device, compile_decoder)
         self.dataset, self.collator = load_data(data_args, model_args.branch, self.args, processor, model)
         self.batch_size = self.args.per_device_train_batch_size
 
@@ -443,7 +451,10 @@ def run(args: argparse.Namespace) -> None:
             if on_gpu:
                 write_cache(model, branch, processor, folder)
             for stage in (stage for stage in args.stages if stage.startswith(branch)):
-                turns = [Turn(stage, name, model, processor, folder, load, args.device) for name in CONTENDERS]
+                turns = [
+                    Turn(stage, name, model, processor, folder, load, args.device, args.compile_decoder)
+                    for name in CONTENDERS
+                ]
                 flops = count_flops(turns[0]) if on_gpu else 0
                 seconds, peaks = measure_stage(turns, args.repeats, clock)
                 pairs = (("online", "plain"), ("cached", "plain"), ("cached", "online"))
@@ -483,6 +494,11 @@ def check_arguments(args: argparse.Namespace, parser: argparse.ArgumentParser) -
 
 def main() -> None:
     parser = make_parser(__doc__.splitlines()[0], size="tiny", repeats=3)
+    parser.add_argument(
+        "--compile-decoder",
+        action="store_true",
+        help="train with --compile_decoder; the plain loop, whose model it is as well, gets the compiled layers",
+    )
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES, help="default: all")
     args = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()

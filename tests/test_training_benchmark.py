@@ -29,7 +29,7 @@ def benchmark() -> ModuleType:
 def turns(benchmark: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """Each contender, ready for stage 1 of the video branch."""
     folder, size = tmp_path_factory.mktemp("data"), benchmark.SIZES["tiny"]
-    load = benchmark.Load(48, 64, 1, 2, batch_size=2, warm_up=1, steps=1, workers=0)
+    load = benchmark.Load(48, 64, 1, 2, batch_size=2, warm_up=1, steps=1, plain_steps=1, workers=0)
     benchmark.write_data(folder, load, num_rows=8)
     processor = benchmark.build_processor(size.text["vocab_size"])
     model = benchmark.build_trainable(size, "video", processor, CPU, torch.float32)

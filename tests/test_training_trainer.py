@@ -1,5 +1,7 @@
 """The trainer trains the chosen branch and nothing else, and its memory and batch settings change no result."""
 
+import copy
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_model import tiny_model
+from torch._dynamo.utils import counters
 from training_runs import eval_losses, losses, make_dataset, make_model, make_trainer
 
 from transformers_videollama import VideoLlamaForConditionalGeneration, from_trained_part, load_trained_part
@@ -232,6 +235,20 @@ def test_gradient_checkpointing_recomputes_the_decoder_and_changes_no_gradient(t
         found[checkpointing] = first_gradients(trainer)
         assert len(calls) == (2 if checkpointing else 1)
     assert_close(found[False], found[True])
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="without a C++ compiler nothing is compiled on a CPU")
+def test_a_compiled_decoder_has_one_graph_and_changes_no_loss(
+    model: VideoLlamaForConditionalGeneration, tmp_path: Path
+) -> None:
+    expected = make_trainer(tmp_path / "plain", model=copy.deepcopy(model), max_steps=6)
+    expected.train()
+    torch._dynamo.reset()
+    counters.clear()
+    trainer = make_trainer(tmp_path / "compiled", model=model, max_steps=6, compile_decoder=True)
+    trainer.train()
+    assert losses(trainer) == pytest.approx(losses(expected), abs=1e-4)
+    assert counters["stats"]["unique_graphs"] == 1  # of all layers, and of batches of several lengths
 
 
 def test_bf16_keeps_what_is_trained_in_float32(tmp_path: Path) -> None:

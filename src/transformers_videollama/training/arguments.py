@@ -190,6 +190,13 @@ class VideoLlamaTrainingArguments(TrainingArguments):
     max_grad_norm: float = field(
         default=0.0, metadata={"help": "Norm at which gradients are clipped; 0, as published, for never."}
     )
+    compile_decoder: bool = field(
+        default=False,
+        metadata={
+            "help": "Compile the decoder's layers, once for all of them and for all lengths: on a GPU faster, most of "
+            "all with `feature_cache`."
+        },
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: samples have no columns."})
     hub_strategy: str = field(default="end", metadata={"help": "When the trained part is pushed to the Hub."})

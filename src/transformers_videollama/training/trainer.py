@@ -78,6 +78,9 @@ class VideoLlamaTrainer(Trainer):
             self._choose_sharding(self.model)
         if not self.is_deepspeed_enabled:  # outside of a part's own call DeepSpeed has taken its parameters away
             _let_all_parts_take_part(self.model)
+        if self.args.compile_decoder:
+            for layer in self.model.model.language_model.layers:
+                layer.compile(dynamic=True)
         self._throughput = _Throughput()
         self._num_batches_done = 0  # of a stream, before the checkpoint that is resumed from
         self.add_callback(_DataEpochCallback(self))
