@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from dictionary import Dictionary, audio_words, encode, video_words
-from encoders import DEVICE, fit
+from encoders import DEVICE, autocast, fit
 from make_data import clip_name, read_scenes, stand_in
 from rearrange import rearrange
 from torch import nn
@@ -138,7 +138,7 @@ def start_branch(
 
     def loss_at(step: int) -> torch.Tensor:
         memory, words = (tensor.to(DEVICE) for tensor in draw(np.random.default_rng([seed, step])))
-        with torch.autocast(DEVICE.type, torch.bfloat16):
+        with autocast():
             soft_tokens = branch(memory.float()).pooler_output
         return loss(soft_tokens, words)
 

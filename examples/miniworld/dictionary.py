@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from encoders import DEVICE, fit
+from encoders import DEVICE, FAST_BFLOAT16, fit
 from make_data import clip_name, read_scenes, stand_in
 from torch import nn
 from torch.nn import functional as F
@@ -180,7 +180,7 @@ def train_dictionaries(
 ) -> nn.ModuleDict:
     """The dictionaries of both branches, trained through the decoder of the model folder `base`."""
     model = VideoLlamaForConditionalGeneration.from_pretrained(
-        base, dtype=torch.bfloat16, attn_implementation="eager"
+        base, dtype=torch.bfloat16 if FAST_BFLOAT16 else torch.float32, attn_implementation="eager"
     ).to(DEVICE)  # eager: for short prompts on a CPU the fastest
     processor = VideoLlamaProcessor.from_pretrained(base)
     dictionaries = nn.ModuleDict({branch: new_dictionary(branch, model, processor) for branch in BRANCHES}).to(DEVICE)

@@ -24,7 +24,15 @@ import torch
 from branches import start_branches
 from decoder import find_decoder
 from dictionary import train_dictionaries
-from encoders import DEVICE, frame_scores, hearing_score, read_clips, train_frame_encoder, train_imagebind
+from encoders import (
+    DEVICE,
+    FAST_BFLOAT16,
+    frame_scores,
+    hearing_score,
+    read_clips,
+    train_frame_encoder,
+    train_imagebind,
+)
 from make_data import make_data
 from model_file import export_model
 from pictures import make_pictures
@@ -121,8 +129,9 @@ def main(argv: list[str] | None = None) -> None:
             config = options.work / f"{stage}.yaml"
             config.write_text(datasets.replace("<data>", str(data)), encoding="utf-8")
             start = ("--trained_part", previous) if previous else ()
+            computation = ("--use_cpu", DEVICE.type == "cpu", "--bf16", FAST_BFLOAT16)
             run("train.py", config, "--model", model, *start, "--feature_cache", features, "--output_dir", output,
-                "--use_cpu", DEVICE.type == "cpu", "--merge", "true", "--resume_from_checkpoint", "last")  # fmt: skip
+                *computation, "--merge", "true", "--resume_from_checkpoint", "last")  # fmt: skip
         previous = output
     export_model(options.work / STAGES[-1] / "merged", options.output)
 
