@@ -564,7 +564,7 @@ def measure_memory(names: list[str], args: argparse.Namespace) -> dict[str, int]
 
     at_a_time = 1
     if args.device == "cuda":
-        at_a_time = max(1, torch.cuda.mem_get_info()[0] // (weights_size(args)))
+        at_a_time = max(1, torch.cuda.mem_get_info()[0] // weights_size(args))
     with ThreadPoolExecutor(at_a_time) as pool:
         return dict(zip(names, pool.map(measure_one, names), strict=True))
 

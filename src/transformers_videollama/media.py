@@ -856,12 +856,13 @@ def read_audio(source: MediaSource) -> tuple[np.ndarray, int] | None:
         blocks: list[np.ndarray] = []
         num_errors, resampler = 0, None
         is_mov = container.format.name.startswith("mov")
+        cuts_the_end = is_mov and _pyav_version() >= 19
         packets = container.demux(stream)
         while True:
             _check_time(container)
             try:
                 packet = next(packets)
-                if is_mov and _pyav_version() >= 19:
+                if cuts_the_end:
                     _keep_last_samples(packet)
                 frames = stream.decode(packet)
             except (StopIteration, av.error.EOFError):
