@@ -42,17 +42,18 @@ class WordLoss(nn.Module):
     def __init__(self, dictionary: Dictionary, words: torch.Tensor):
         super().__init__()
         self.dictionary = dictionary
-        places, count, _ = dictionary.parts.shape
+        parts = dictionary.parts
+        places, count, _ = parts.shape
         words = words.to(DEVICE)
         known = torch.zeros(places, count, dtype=torch.bool, device=DEVICE)
         known[torch.arange(places), words] = True
         self.known = known
         self.place, self.word = known.nonzero(as_tuple=True)
-        self.known_parts = dictionary.parts[known]
+        self.known_parts = parts[known]
         self.number = known.flatten().cumsum(0).view_as(known) - 1  # of a known word among all of them
         soft_tokens = dictionary(words[:2000]).flatten(1)
         self.variance = (soft_tokens - soft_tokens.mean(0)).square().sum(1).mean()
-        products = dictionary.parts @ dictionary.parts.mT
+        products = parts @ parts.mT
         squares = products.diagonal(dim1=1, dim2=2)
         self.apart = squares[:, :, None] + squares[:, None] - 2 * products  # squared, of two words in a place
         pairs = known[:, :, None] & known[:, None] & ~torch.eye(count, dtype=torch.bool, device=DEVICE)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from encoders import DEVICE, FAST_BFLOAT16, fit
 from make_data import clip_name, read_scenes, stand_in
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from world import COLOURS, DIRECTIONS, EVENTS, KINDS, MOMENTS, SIZES, Object, Scene
@@ -25,9 +26,12 @@ from transformers_videollama.training.collator import VideoLlamaDataCollator
 from transformers_videollama.training.samples import SampleBuilder
 
 MAX_OBJECTS = 3
+WORDS_PER_OBJECT = 5
 NOTHING = "none"
 BRANCHES = ("video", "audio")
-LEARNING_RATE = 2e-4  # a soft token is a sum of so many parts that a larger one tears it apart
+# Which dictionaries are trained, for what share of the steps, at which learning rate. That of sights first alone:
+# beside one of sounds, which as yet says nothing, it learns slowly; later a large step would tear it apart.
+PHASES = ((BRANCHES[:1], 1 / 3, 5e-4), (BRANCHES, 2 / 3, 3e-4))
 _BUCKETS = 4  # a batch's conversations are of about one length: those of one of so many parts of a larger draw
 _NUMBERS = (NOTHING, "one", "two", "three")
 _MOTIONS = {
@@ -43,9 +47,9 @@ WORDS = {
     "video": tuple(
         dict.fromkeys((*_NUMBERS, *SIZES, *COLOURS, *KINDS, *_MOTIONS.values(), *_EVENTS.values(), *_ORDER[3]))
     ),
-    "audio": (*(f"{kind} {moment}" for kind in KINDS for moment in MOMENTS), NOTHING),
+    "audio": (*KINDS, *MOMENTS, NOTHING),
 }
-PLACES = {"video": 1 + 5 * MAX_OBJECTS, "audio": 1}
+PLACES = {"video": 1 + WORDS_PER_OBJECT * MAX_OBJECTS, "audio": 2}
 
 
 def video_words(scene: Scene) -> list[str]:
@@ -62,8 +66,8 @@ def _verb(thing: Object) -> str:
 
 
 def audio_words(kind: str | None, moment: str) -> list[str]:
-    """What a sound is, in one entry: a kind at a moment, or nothing."""
-    return [f"{kind} {moment}" if kind else NOTHING]
+    """What a sound is, in words: its kind and its moment, or nothing."""
+    return [kind, moment] if kind else [NOTHING, NOTHING]
 
 
 def encode(branch: str, words: list[list[str]]) -> torch.Tensor:
@@ -77,23 +81,45 @@ class Dictionary(nn.Module):
     The soft tokens for words: a sum, over the places, of what the word in a place adds to each of the soft tokens, so
     that combinations never seen follow from those seen.
 
+    Words that describe one thing after another add the same for each of them, as many soft tokens further on as there
+    are words between them, and a little of their own: what the decoder is to find of the third thing, about which it
+    is seldom asked, is learnt from what it is asked about the first.
+
     Args:
         places (`int`): Words that describe a scene or a sound.
         words (`int`): Words there are.
         tokens, width (`int`): Soft tokens, and their size.
+        words_per_object (`int`): How many of the last places describe one thing before they describe the next; 0 if
+            they do not describe things.
     """
 
-    def __init__(self, places: int, words: int, tokens: int, width: int):
+    def __init__(self, places: int, words: int, tokens: int, width: int, words_per_object: int):
         super().__init__()
         self.tokens = tokens
-        self.parts = nn.Parameter(torch.zeros(places, words, tokens * width))
+        self.own = nn.Parameter(torch.zeros(places, words, tokens * width))
+        # From so many soft tokens before a thing's first one to as many after it
+        self.shared = nn.Parameter(torch.zeros(words_per_object, words, 2 * tokens * width))
         self.bias = nn.Parameter(torch.zeros(tokens * width))
+
+    @property
+    def parts(self) -> torch.Tensor:
+        """What each word adds in each place, (places, words, tokens * width)."""
+        words_per_object = len(self.shared)
+        if not words_per_object:
+            return self.own
+        shared = self.shared.unflatten(2, (2 * self.tokens, -1))
+        before = len(self.own) % words_per_object
+        moved = [
+            shared[:, :, self.tokens - first : 2 * self.tokens - first].flatten(2)
+            for first in range(before, len(self.own), words_per_object)
+        ]
+        return self.own + torch.cat([torch.zeros_like(self.own[:before]), *moved])
 
     def forward(self, words: torch.Tensor) -> torch.Tensor:
         """Numbers of words (n, places) to soft tokens (n, tokens, width)."""
-        places, count, _ = self.parts.shape
-        rows = words + count * torch.arange(places, device=words.device)
-        added = F.embedding_bag(rows, self.parts.flatten(0, 1), mode="sum")
+        parts = self.parts
+        rows = words + parts.shape[1] * torch.arange(len(parts), device=words.device)
+        added = F.embedding_bag(rows, parts.flatten(0, 1), mode="sum")
         return (added + self.bias).unflatten(1, (self.tokens, -1))
 
 
@@ -102,8 +128,7 @@ def new_dictionary(
     branch: str, model: VideoLlamaForConditionalGeneration, processor: VideoLlamaProcessor
 ) -> Dictionary:
     """
-    A dictionary to start from: soft token p is the decoder's embedding of the word in place p; those of a sound are
-    its kind and its moment.
+    A dictionary to start from: soft token p is the decoder's embedding of the word in place p.
     """
     table = model.get_input_embeddings().weight.detach().float().cpu()
 
@@ -111,16 +136,15 @@ def new_dictionary(
         return table[processor.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]].mean(0)
 
     tokens = {"video": model.config.num_video_query_tokens, "audio": model.config.num_audio_query_tokens}[branch]
-    dictionary = Dictionary(PLACES[branch], len(WORDS[branch]), tokens, table.shape[1])
-    parts = dictionary.parts.view(*dictionary.parts.shape[:2], tokens, -1)
+    words_per_object = WORDS_PER_OBJECT if branch == "video" else 0
+    dictionary = Dictionary(PLACES[branch], len(WORDS[branch]), tokens, table.shape[1], words_per_object)
+    own, shared = (parts.unflatten(2, (-1, table.shape[1])) for parts in (dictionary.own, dictionary.shared))
     for number, word in enumerate(WORDS[branch]):
         if branch == "video":
-            for place in range(min(PLACES[branch], tokens)):
-                parts[place, number, place] = embedding(word)
+            own[0, number, 0] = embedding(word)
+            shared[range(words_per_object), number, range(tokens, tokens + words_per_object)] = embedding(word)
         else:
-            kind, _, moment = word.partition(" ")
-            parts[0, number, 0] = embedding(kind)
-            parts[0, number, 1] = embedding(moment or NOTHING)
+            own[range(PLACES[branch]), number, range(PLACES[branch])] = embedding(word)
     return dictionary
 
 
@@ -137,11 +161,13 @@ class _WordCache:
 
 class _Conversations:
     """
-    Batches of the training conversations, by turns of those about frames and of those about sounds, with the numbers
-    of words in the place of features.
+    Batches of the training conversations of some of the branches by turns, with the numbers of words in the place of
+    features.
     """
 
-    def __init__(self, data: Path, processor: VideoLlamaProcessor, batch_size: int, seed: int):
+    def __init__(
+        self, data: Path, processor: VideoLlamaProcessor, branches: tuple[str, ...], batch_size: int, seed: int
+    ):
         self.batch_size, self.seed = batch_size, seed
         scenes = read_scenes(data, "train")
         paths = [str(data / clip_name("train", index)) for index in range(len(scenes))]
@@ -153,10 +179,11 @@ class _Conversations:
         )
         self.collate = VideoLlamaDataCollator(processor.tokenizer.pad_token_id)
         self.sources = []
-        for branch, name in zip(BRANCHES, ("conversations", "audio-conversations"), strict=True):
+        for branch in branches:
             builder = SampleBuilder(
                 processor, branch, "chat", "uniform", random_resized_crop=False, feature_cache=cache
             )
+            name = "conversations" if branch == "video" else "audio-conversations"
             rows = load_annotations("chat", data / f"train-{name}.jsonl")
             if len(rows):
                 self.sources.append((builder, rows))
@@ -176,21 +203,28 @@ def _length(row: dict[str, Any]) -> int:
 
 
 def train_dictionaries(
-    base: Path, data: Path, checkpoint: Path, steps: int, batch_size: int, seed: int
+    base: Path, data: Path, work: Path, steps: int, batch_size: int, seed: int, start: Path | None = None
 ) -> nn.ModuleDict:
-    """The dictionaries of both branches, trained through the decoder of the model folder `base`."""
+    """
+    The dictionaries of both branches, trained through the decoder of the model folder `base`.
+
+    Args:
+        work: Folder in which an interrupted training goes on.
+        start: File of `save_dictionaries` to begin with; None: the decoder's words.
+    """
     model = VideoLlamaForConditionalGeneration.from_pretrained(
         base, dtype=torch.bfloat16 if FAST_BFLOAT16 else torch.float32, attn_implementation="eager"
     ).to(DEVICE)  # eager: for short prompts on a CPU the fastest
     processor = VideoLlamaProcessor.from_pretrained(base)
     dictionaries = nn.ModuleDict({branch: new_dictionary(branch, model, processor) for branch in BRANCHES}).to(DEVICE)
-    conversations = _Conversations(data, processor, batch_size, seed)
+    if start is not None:
+        load_dictionaries(dictionaries, start)
     model.requires_grad_(False)
     features = {"video": "video_frame_features", "audio": "audio_clip_features"}
     token_ids = {"video": model.config.video_token_id, "audio": model.config.audio_token_id}
 
-    def loss_at(step: int) -> torch.Tensor:
-        batch = {name: tensor.to(DEVICE) for name, tensor in conversations.batch(step).items()}
+    def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        batch = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
         ids = batch["input_ids"]
         embeds = model.get_input_embeddings()(ids.masked_fill(model.model.is_placeholder(ids), 0))
         for branch, dictionary in dictionaries.items():
@@ -201,7 +235,60 @@ def train_dictionaries(
             inputs_embeds=embeds, attention_mask=batch["attention_mask"], labels=batch["labels"], skip_logits=True
         ).loss
 
-    parameters = list(dictionaries.parameters())
-    fit("dictionaries", parameters, loss_at, dictionaries.state_dict, dictionaries.load_state_dict, checkpoint, steps,
-        LEARNING_RATE)  # fmt: skip
+    work.mkdir(parents=True, exist_ok=True)
+    for branches, share, learning_rate in PHASES if steps else ():
+        name = f"{' and '.join(branches)} dictionary"
+        conversations = _Conversations(data, processor, branches, batch_size, seed)
+        parameters = [part for branch in branches for part in dictionaries[branch].parameters()]
+        fit(
+            name,
+            parameters,
+            lambda step, drawn=conversations: loss_of(drawn.batch(step)),
+            dictionaries.state_dict,
+            dictionaries.load_state_dict,
+            work / f"{name.replace(' ', '_')}.pt",
+            round(share * steps),
+            learning_rate,
+        )
     return dictionaries.requires_grad_(False)
+
+
+def _known_rows(branch: str, dictionary: Dictionary, data: Path) -> dict[str, torch.Tensor]:
+    """Which (place, word) of `own` and of `shared` the training clips have: other rows were never trained."""
+    scenes = read_scenes(data, "train")
+    if branch == "video":
+        words = encode(branch, [video_words(scene) for scene in scenes])
+    else:
+        words = encode(branch, [audio_words(*sound) for scene in scenes if (sound := stand_in(scene))])
+    places = torch.arange(words.shape[1]).expand_as(words)
+    own = torch.stack([places, words], dim=-1).flatten(0, 1).unique(dim=0)
+    words_per_object = len(dictionary.shared)
+    if not words_per_object:
+        return {"own": own, "shared": own[:0]}
+    before = len(dictionary.own) % words_per_object
+    place, word = own[own[:, 0] >= before].unbind(1)
+    return {"own": own, "shared": torch.stack([(place - before) % words_per_object, word], dim=1).unique(dim=0)}
+
+
+def save_dictionaries(dictionaries: nn.ModuleDict, data: Path, path: Path) -> None:
+    """Writes what the dictionaries have learnt for the words of the training clips, in bfloat16."""
+    tensors = {}
+    for branch, dictionary in dictionaries.items():
+        tensors[f"{branch}.bias"] = dictionary.bias.detach().bfloat16().cpu()
+        for name, rows in _known_rows(branch, dictionary, data).items():
+            values = getattr(dictionary, name).detach().cpu()[rows[:, 0], rows[:, 1]]
+            tensors |= {f"{branch}.{name}.rows": rows, f"{branch}.{name}": values.bfloat16()}
+    temporary = path.with_name(f"{path.name}.part")
+    save_file(tensors, temporary)
+    temporary.replace(path)
+
+
+@torch.no_grad()
+def load_dictionaries(dictionaries: nn.ModuleDict, path: Path) -> None:
+    """Fills dictionaries with what `save_dictionaries` wrote; other words stay as they are."""
+    tensors = load_file(path, device=str(DEVICE))
+    for branch, dictionary in dictionaries.items():
+        dictionary.bias.copy_(tensors[f"{branch}.bias"])
+        for name in ("own", "shared"):
+            rows, values = tensors[f"{branch}.{name}.rows"], tensors[f"{branch}.{name}"]
+            getattr(dictionary, name)[rows[:, 0], rows[:, 1]] = values.to(dictionary.bias.dtype)

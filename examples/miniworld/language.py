@@ -202,6 +202,17 @@ def presence(scene: Scene, rng: np.random.Generator) -> QA:
     return writer.items[0]
 
 
+def motions(scene: Scene, rng: np.random.Generator) -> list[QA]:
+    """One question about how each thing moves, for those that do, in random order."""
+    items = []
+    for thing in scene.objects:
+        if thing.motion:
+            writer = _Writer(rng)
+            _ask_motion(writer, thing)
+            items.append(writer.items[rng.integers(len(writer.items))])
+    return [items[i] for i in rng.permutation(len(items))]
+
+
 def sound_presence(scene: Scene, rng: np.random.Generator) -> list[QA]:
     """Questions whether something is heard, and whether it is seen, too, as far as they make sense."""
     writer = _Writer(rng)

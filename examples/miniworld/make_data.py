@@ -38,6 +38,7 @@ from language import (
     a,
     caption,
     conversation,
+    motions,
     presence,
     sound_presence,
 )
@@ -48,6 +49,7 @@ from world import FPS, HELD_OUT_SOUNDS, MOMENTS, SAMPLED_TIMES, SPLITS, Scene, g
 CAPTIONS_PER_CLIP = 2  # which differ in their wording
 CONVERSATIONS_PER_CLIP = 2
 PRESENCE_QUESTIONS = 2  # in each of the video branch's
+MOTION_CONVERSATIONS = 4  # more, for a clip of three things at once: whose motion is whose is the hardest to find
 ANNOTATIONS = ("captions", "conversations", "audio-captions", "audio-conversations")
 
 
@@ -142,6 +144,9 @@ def video_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tu
             items = [presence(scene, rng) for _ in range(PRESENCE_QUESTIONS)]
             items += conversation(scene, rng, SIGHT_FAMILIES, int(rng.integers(1, 4)))
             yield "conversations", message_rows(media, _turns(items, rng))
+        if scene.type == "several" and len(scene.objects) == 3:
+            for _ in range(MOTION_CONVERSATIONS):
+                yield "conversations", message_rows(media, _turns([presence(scene, rng), *motions(scene, rng)], rng))
 
 
 def audio_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
