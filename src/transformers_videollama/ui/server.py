@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -19,7 +20,8 @@ _POLICY = (
     "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
     "style-src 'self' 'unsafe-inline'; frame-ancestors 'self'"
 )
-_FETCHING = ("/gradio_api/file=http:", "/gradio_api/file=https:", "/gradio_api/proxy=")
+_FILE = "/gradio_api/file="
+_FETCHING = (f"{_FILE}http:", f"{_FILE}https:", "/gradio_api/proxy=")
 _HEADERS = [
     (b"content-security-policy", _POLICY.encode()),
     (b"referrer-policy", b"same-origin"),
@@ -79,7 +81,7 @@ class PageServer(uvicorn.Server):
 class _Guard:
     """
     Adds headers to each response, refuses to fetch other servers' files, which Gradio would do for anyone, and ends
-    the responses that are under way when the server does.
+    the responses that are under way when the server does, or whose file is removed because its visitor has left.
     """
 
     def __init__(self, app: Any):
@@ -120,6 +122,12 @@ class _Guard:
                 await refuse(503)
             elif not is_complete:
                 await send({"type": "http.response.body"})
+        except (FileNotFoundError, RuntimeError):  # Starlette's, by whether it looks for the file or opens it
+            path = scope["path"]
+            if not path.startswith(_FILE) or Path(path.removeprefix(_FILE)).exists():
+                raise
+            if not is_begun:
+                await refuse(404)
         finally:
             self._responding.discard(task)
 
