@@ -166,15 +166,13 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
     cache_features.main([*arguments, "--kinds", "frames", "clips"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dictionary, "PHASES", [(branches, share, 5e-3) for branches, share, _ in dictionary.PHASES])
+        patch.setattr(dictionary, "LEARNING_RATE", 1e-2)
         patch.setattr(dictionary, "fit", fit)
-        dictionaries = dictionary.train_dictionaries(base, data, work / "dictionaries", 30, 8, seed=0)
-        kept = work / "dictionaries.safetensors"
-        dictionary.save_dictionaries(dictionaries, data, kept)
-        read_back = dictionary.train_dictionaries(base, data, work / "again", 0, 8, seed=0, start=kept)
+        dictionaries = dictionary.train_dictionaries(base, data, work / "dictionaries", 40, 8, seed=0)
         patch.setattr(branches, "start_branch", start_branch)
+        patch.setattr(branches, "LEARNING_RATE", 3e-3)
         branches.start_branches(
-            base, work / "started", data, features, work / "branches", dictionaries, 200, 8, 0, num_validation=1
+            base, work / "started", data, features, work / "branches", dictionaries, 60, 8, 0, num_validation=1
         )
     stage1, losses["stage 1"] = train("video_stage1", work / "started", data, features, 40)
     # One clip, to be known by heart
@@ -183,16 +181,13 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     conversations.write_text((json.dumps({"messages": messages}) + "\n") * 8)
     stage2, losses["stage 2"] = train("video_stage2", work / "started", data, features, 100, "--trained_part", stage1)
     export_model(stage2 / "merged", work / "model")
-    return {
-        "cache": cache, "data": data, "losses": losses, "model": work / "model", "base": base,
-        "dictionaries": (dictionaries, read_back),
-    }  # fmt: skip
+    return {"cache": cache, "data": data, "losses": losses, "model": work / "model", "base": base}
 
 
 def test_loss_falls_at_every_station(chain):
     stations = dict(chain["losses"])
     rearranged = stations.pop("video branch, rearranged")  # of which eight clips are too few to learn
-    assert len(rearranged) == 200 and np.isfinite(rearranged).all()
+    assert len(rearranged) == 60 and np.isfinite(rearranged).all()
     for name, losses in stations.items():
         assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5]), name
 
@@ -208,14 +203,6 @@ def test_words_add_the_same_for_each_thing_as_many_soft_tokens_later():
     words = torch.tensor([[0, 1, 2, 3, 4, 0, 1]])
     assert torch.allclose(book(words)[0], sum(part[word] for part, word in zip(book.parts, words[0], strict=True))
                           .view(tokens, width), atol=1e-6)  # fmt: skip
-
-
-def test_dictionaries_read_back_have_the_same_for_the_words_of_the_clips(chain):
-    scenes = make_data.read_scenes(chain["data"], "train")
-    words = dictionary.encode("video", [dictionary.video_words(scene) for scene in scenes])
-    before, after = (dictionaries["video"](words) for dictionaries in chain["dictionaries"])
-    assert torch.allclose(before, after, atol=0.02 * float(before.abs().max()))  # of bfloat16, 16 of which are added
-    assert not torch.equal(after[0], after[-1])
 
 
 def test_a_memorised_clip_is_answered(chain):

@@ -24,6 +24,7 @@ from transformers_videollama import VideoLlamaForConditionalGeneration, VideoLla
 from transformers_videollama.modeling_video_llama_branches import VideoLlamaBranch
 from transformers_videollama.training.feature_cache import FeatureCache
 
+LEARNING_RATE = 5e-4
 _SHARPNESS = 10.0  # of the choice between words, in units of the mean squared distance of two of them
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # memory (n, steps in time, tokens, width), numbers of words (n, places)
@@ -143,7 +144,8 @@ def start_branch(
             soft_tokens = branch(memory.float()).pooler_output
         return loss(soft_tokens, words)
 
-    fit(name, list(branch.parameters()), loss_at, branch.state_dict, branch.load_state_dict, checkpoint, steps, 5e-4)
+    fit(name, list(branch.parameters()), loss_at, branch.state_dict, branch.load_state_dict, checkpoint, steps,
+        LEARNING_RATE)  # fmt: skip
     branch.eval()
 
 

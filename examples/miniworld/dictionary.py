@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from encoders import DEVICE, FAST_BFLOAT16, fit
 from make_data import clip_name, read_scenes, stand_in
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 from world import COLOURS, DIRECTIONS, EVENTS, KINDS, MOMENTS, SIZES, Object, Scene
@@ -29,9 +28,13 @@ MAX_OBJECTS = 3
 WORDS_PER_OBJECT = 5
 NOTHING = "none"
 BRANCHES = ("video", "audio")
-# Which dictionaries are trained, for what share of the steps, at which learning rate. That of sights first alone:
-# beside one of sounds, which as yet says nothing, it learns slowly; later a large step would tear it apart.
-PHASES = ((BRANCHES[:1], 1 / 3, 5e-4), (BRANCHES, 2 / 3, 3e-4))
+LEARNING_RATE = 5e-4
+# Which dictionaries are trained, on which conversations by turns, for what share of the steps. That of sights first
+# alone: beside one of sounds, which as yet says nothing, it learns slowly.
+PHASES = (
+    (BRANCHES[:1], ("conversations",), 0.3),
+    (BRANCHES, ("conversations", *["audio-conversations"] * 3), 0.7),
+)
 _BUCKETS = 4  # a batch's conversations are of about one length: those of one of so many parts of a larger draw
 _NUMBERS = (NOTHING, "one", "two", "three")
 _MOTIONS = {
@@ -128,7 +131,8 @@ def new_dictionary(
     branch: str, model: VideoLlamaForConditionalGeneration, processor: VideoLlamaProcessor
 ) -> Dictionary:
     """
-    A dictionary to start from: soft token p is the decoder's embedding of the word in place p.
+    A dictionary to start from: soft token p is the decoder's embedding of the word in place p; those of a sound are
+    its kind and its moment by turns.
     """
     table = model.get_input_embeddings().weight.detach().float().cpu()
 
@@ -144,7 +148,8 @@ def new_dictionary(
             own[0, number, 0] = embedding(word)
             shared[range(words_per_object), number, range(tokens, tokens + words_per_object)] = embedding(word)
         else:
-            own[range(PLACES[branch]), number, range(PLACES[branch])] = embedding(word)
+            for token in range(tokens):
+                own[token % PLACES[branch], number, token] = embedding(word)
     return dictionary
 
 
@@ -161,12 +166,12 @@ class _WordCache:
 
 class _Conversations:
     """
-    Batches of the training conversations of some of the branches by turns, with the numbers of words in the place of
+    Batches of training conversations, from these annotations by turns, with the numbers of words in the place of
     features.
     """
 
     def __init__(
-        self, data: Path, processor: VideoLlamaProcessor, branches: tuple[str, ...], batch_size: int, seed: int
+        self, data: Path, processor: VideoLlamaProcessor, annotations: tuple[str, ...], batch_size: int, seed: int
     ):
         self.batch_size, self.seed = batch_size, seed
         scenes = read_scenes(data, "train")
@@ -179,11 +184,11 @@ class _Conversations:
         )
         self.collate = VideoLlamaDataCollator(processor.tokenizer.pad_token_id)
         self.sources = []
-        for branch in branches:
+        for name in annotations:
+            branch = "audio" if name.startswith("audio") else "video"
             builder = SampleBuilder(
                 processor, branch, "chat", "uniform", random_resized_crop=False, feature_cache=cache
             )
-            name = "conversations" if branch == "video" else "audio-conversations"
             rows = load_annotations("chat", data / f"train-{name}.jsonl")
             if len(rows):
                 self.sources.append((builder, rows))
@@ -202,23 +207,16 @@ def _length(row: dict[str, Any]) -> int:
     return sum(len(entry["text"] or "") for message in row["messages"] for entry in message["content"])
 
 
-def train_dictionaries(
-    base: Path, data: Path, work: Path, steps: int, batch_size: int, seed: int, start: Path | None = None
-) -> nn.ModuleDict:
+def train_dictionaries(base: Path, data: Path, work: Path, steps: int, batch_size: int, seed: int) -> nn.ModuleDict:
     """
-    The dictionaries of both branches, trained through the decoder of the model folder `base`.
-
-    Args:
-        work: Folder in which an interrupted training goes on.
-        start: File of `save_dictionaries` to begin with; None: the decoder's words.
+    The dictionaries of both branches, trained through the decoder of the model folder `base`. In the folder `work`, an
+    interrupted training goes on.
     """
     model = VideoLlamaForConditionalGeneration.from_pretrained(
         base, dtype=torch.bfloat16 if FAST_BFLOAT16 else torch.float32, attn_implementation="eager"
     ).to(DEVICE)  # eager: for short prompts on a CPU the fastest
     processor = VideoLlamaProcessor.from_pretrained(base)
     dictionaries = nn.ModuleDict({branch: new_dictionary(branch, model, processor) for branch in BRANCHES}).to(DEVICE)
-    if start is not None:
-        load_dictionaries(dictionaries, start)
     model.requires_grad_(False)
     features = {"video": "video_frame_features", "audio": "audio_clip_features"}
     token_ids = {"video": model.config.video_token_id, "audio": model.config.audio_token_id}
@@ -232,13 +230,17 @@ def train_dictionaries(
                 soft_tokens = dictionary(batch[features[branch]][:, 0].long()).to(embeds.dtype)
                 embeds = embeds.masked_scatter((ids == token_ids[branch])[..., None], soft_tokens)
         return model(
-            inputs_embeds=embeds, attention_mask=batch["attention_mask"], labels=batch["labels"], skip_logits=True
+            inputs_embeds=embeds,
+            attention_mask=batch["attention_mask"],
+            labels=batch["labels"],
+            skip_logits=True,
+            use_cache=False,
         ).loss
 
     work.mkdir(parents=True, exist_ok=True)
-    for branches, share, learning_rate in PHASES if steps else ():
+    for branches, annotations, share in PHASES:
         name = f"{' and '.join(branches)} dictionary"
-        conversations = _Conversations(data, processor, branches, batch_size, seed)
+        conversations = _Conversations(data, processor, annotations, batch_size, seed)
         parameters = [part for branch in branches for part in dictionaries[branch].parameters()]
         fit(
             name,
@@ -248,47 +250,6 @@ def train_dictionaries(
             dictionaries.load_state_dict,
             work / f"{name.replace(' ', '_')}.pt",
             round(share * steps),
-            learning_rate,
+            LEARNING_RATE,
         )
     return dictionaries.requires_grad_(False)
-
-
-def _known_rows(branch: str, dictionary: Dictionary, data: Path) -> dict[str, torch.Tensor]:
-    """Which (place, word) of `own` and of `shared` the training clips have: other rows were never trained."""
-    scenes = read_scenes(data, "train")
-    if branch == "video":
-        words = encode(branch, [video_words(scene) for scene in scenes])
-    else:
-        words = encode(branch, [audio_words(*sound) for scene in scenes if (sound := stand_in(scene))])
-    places = torch.arange(words.shape[1]).expand_as(words)
-    own = torch.stack([places, words], dim=-1).flatten(0, 1).unique(dim=0)
-    words_per_object = len(dictionary.shared)
-    if not words_per_object:
-        return {"own": own, "shared": own[:0]}
-    before = len(dictionary.own) % words_per_object
-    place, word = own[own[:, 0] >= before].unbind(1)
-    return {"own": own, "shared": torch.stack([(place - before) % words_per_object, word], dim=1).unique(dim=0)}
-
-
-def save_dictionaries(dictionaries: nn.ModuleDict, data: Path, path: Path) -> None:
-    """Writes what the dictionaries have learnt for the words of the training clips, in bfloat16."""
-    tensors = {}
-    for branch, dictionary in dictionaries.items():
-        tensors[f"{branch}.bias"] = dictionary.bias.detach().bfloat16().cpu()
-        for name, rows in _known_rows(branch, dictionary, data).items():
-            values = getattr(dictionary, name).detach().cpu()[rows[:, 0], rows[:, 1]]
-            tensors |= {f"{branch}.{name}.rows": rows, f"{branch}.{name}": values.bfloat16()}
-    temporary = path.with_name(f"{path.name}.part")
-    save_file(tensors, temporary)
-    temporary.replace(path)
-
-
-@torch.no_grad()
-def load_dictionaries(dictionaries: nn.ModuleDict, path: Path) -> None:
-    """Fills dictionaries with what `save_dictionaries` wrote; other words stay as they are."""
-    tensors = load_file(path, device=str(DEVICE))
-    for branch, dictionary in dictionaries.items():
-        dictionary.bias.copy_(tensors[f"{branch}.bias"])
-        for name in ("own", "shared"):
-            rows, values = tensors[f"{branch}.{name}.rows"], tensors[f"{branch}.{name}"]
-            getattr(dictionary, name)[rows[:, 0], rows[:, 1]] = values.to(dictionary.bias.dtype)

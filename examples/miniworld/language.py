@@ -202,6 +202,14 @@ def presence(scene: Scene, rng: np.random.Generator) -> QA:
     return writer.items[0]
 
 
+def unseen_sound(scene: Scene, rng: np.random.Generator) -> list[QA]:
+    """A question whether what is heard is seen, if it is not."""
+    writer = _Writer(rng)
+    if scene.sound and scene.sound not in scene.kinds:
+        _ask_presence(writer, scene.sound, False)
+    return writer.items
+
+
 def motions(scene: Scene, rng: np.random.Generator) -> list[QA]:
     """One question about how each thing moves, for those that do, in random order."""
     items = []

@@ -41,6 +41,7 @@ from language import (
     motions,
     presence,
     sound_presence,
+    unseen_sound,
 )
 from sounds import SAMPLING_RATE, make_sound
 from tqdm import tqdm
@@ -133,6 +134,10 @@ def stand_in(scene: Scene) -> tuple[str | None, str] | None:
     return None
 
 
+def _are_three_at_once(scene: Scene) -> bool:
+    return scene.type == "several" and len(scene.objects) == 3
+
+
 def video_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name of the file, row) for the video branch."""
     for index, scene in enumerate(scenes):
@@ -144,7 +149,7 @@ def video_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tu
             items = [presence(scene, rng) for _ in range(PRESENCE_QUESTIONS)]
             items += conversation(scene, rng, SIGHT_FAMILIES, int(rng.integers(1, 4)))
             yield "conversations", message_rows(media, _turns(items, rng))
-        if scene.type == "several" and len(scene.objects) == 3:
+        if _are_three_at_once(scene):
             for _ in range(MOTION_CONVERSATIONS):
                 yield "conversations", message_rows(media, _turns([presence(scene, rng), *motions(scene, rng)], rng))
 
@@ -171,15 +176,22 @@ def audio_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tu
             alone = number == 0 and rng.random() < 0.25
             if alone:
                 pair = replace(pair, objects=(), type="empty")
-            yes_no = sound_presence(pair, rng)
-            others = conversation(pair, rng, ("hear", "when"), 1)
+            heard, *matches = sound_presence(pair, rng)
+            items = [heard]
+            # Seldom, because what was said of a sound gives away the answers to all other questions about it
+            if alone or rng.random() < 0.4:
+                items += conversation(pair, rng, ("hear", "when"), 1)
             if not alone:
                 media.append(("video", clip_name(split, index)))
-                # As much about what is seen: the sound's tokens must not get in the way of the frames'
-                yes_no.append(presence(pair, rng))
-                others += conversation(pair, rng, [family for family in SIGHT_FAMILIES if family != "see"], 1)
-            # Short, because what was said of a sound gives away the answers to all other questions about it
-            items = [yes_no[i] for i in rng.permutation(len(yes_no))[:2]] + [others[rng.integers(len(others))]]
+                # More about what is seen: the sound's tokens must not get in the way of the frames'
+                items += matches[:1] if rng.random() < 0.2 else []
+                # What is heard is not seen about as often as it is: else "is there a ..." would be answered by ear
+                items += (unseen_sound(pair, rng) if rng.random() < 0.5 else []) or [presence(pair, rng)]
+                items.append(presence(pair, rng))
+                if number == 0 and _are_three_at_once(scene):
+                    items += motions(pair, rng)
+                else:
+                    items += conversation(pair, rng, [family for family in SIGHT_FAMILIES if family != "see"], 2)
             yield "audio-conversations", message_rows(media, _turns(items, rng, yes_no_first=0.7))
 
 

@@ -25,7 +25,7 @@ from transformers_videollama import (
 
 IMAGE_SIZE = 64
 NUM_VIDEO_TOKENS = 16
-NUM_AUDIO_TOKENS = 4
+NUM_AUDIO_TOKENS = 8
 
 
 def make_config(decoder: str | Path, scale: int = 1) -> VideoLlamaConfig:

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from branches import start_branches
 from decoder import find_decoder
-from dictionary import save_dictionaries, train_dictionaries
+from dictionary import train_dictionaries
 from encoders import (
     DEVICE,
     FAST_BFLOAT16,
@@ -88,7 +88,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--frame-batch-size", type=int, default=32)
     parser.add_argument("--sound-steps", type=int, default=700, help="steps of ImageBind's training")
     parser.add_argument("--sound-batch-size", type=int, default=64)
-    parser.add_argument("--dictionaries", type=Path, help="file of dictionaries to begin with; without, words")
     parser.add_argument("--dictionary-steps", type=int, default=2000, help="steps of the dictionaries' training")
     parser.add_argument("--dictionary-batch-size", type=int, default=16)
     parser.add_argument("--branch-steps", type=int, default=4000, help="steps that start a branch, twice for video")
@@ -112,9 +111,8 @@ def main(argv: list[str] | None = None) -> None:
     if not started.exists():
         dictionaries = train_dictionaries(
             base, data, options.work / "dictionaries", options.dictionary_steps, options.dictionary_batch_size,
-            options.seed, options.dictionaries,
+            options.seed,
         )  # fmt: skip
-        save_dictionaries(dictionaries, data, options.work / "dictionaries.safetensors")
         start_branches(
             base, started, data, features, options.work / "branches", dictionaries, options.branch_steps,
             options.branch_batch_size, options.seed, VALIDATION_CLIPS,
