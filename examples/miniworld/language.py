@@ -202,11 +202,13 @@ def presence(scene: Scene, rng: np.random.Generator) -> QA:
     return writer.items[0]
 
 
-def unseen_sound(scene: Scene, rng: np.random.Generator) -> list[QA]:
-    """A question whether what is heard is seen, if it is not."""
+def confusions(scene: Scene, rng: np.random.Generator) -> list[QA]:
+    """Two questions that eye and ear answer differently: whether what is heard is seen, and whether what is seen is
+    heard. None where what is heard is seen, or one of the two is nothing."""
     writer = _Writer(rng)
-    if scene.sound and scene.sound not in scene.kinds:
+    if scene.objects and scene.sound and scene.sound not in scene.kinds:
         _ask_presence(writer, scene.sound, False)
+        _ask_sound_presence(writer, str(rng.choice(scene.kinds)), False)
     return writer.items
 
 
@@ -284,6 +286,12 @@ def _ask_presence(writer: _Writer, noun: str, present: bool) -> None:
     writer.ask("see", asked, _YES_NO[not present], sentence)
 
 
+def _ask_sound_presence(writer: _Writer, kind: str, present: bool) -> None:
+    sentence = f"Yes, I hear {a(kind)}." if present else f"No, I do not hear {a(kind)}."
+    asked = (f"Do you hear {a(kind)}?", f"Can you hear {a(kind)}?", f"Is there the sound of {a(kind)}?")
+    writer.ask("hear_presence", asked, _YES_NO[not present], sentence)
+
+
 def _ask_sound(writer: _Writer, scene: Scene) -> None:
     rng, sound = writer.rng, scene.sound
     asked = ("What do you hear?", "What makes the sound?", "What can be heard?")
@@ -297,14 +305,7 @@ def _ask_sound(writer: _Writer, scene: Scene) -> None:
         seen = [kind for kind in scene.kinds if kind != sound]
         others = seen if seen and rng.random() < 0.5 else [kind for kind in KINDS if kind != sound]
         asked_kind = str(rng.choice(others))
-    present = asked_kind == sound
-    sentence = f"Yes, I hear {a(asked_kind)}." if present else f"No, I do not hear {a(asked_kind)}."
-    asked = (
-        f"Do you hear {a(asked_kind)}?",
-        f"Can you hear {a(asked_kind)}?",
-        f"Is there the sound of {a(asked_kind)}?",
-    )
-    writer.ask("hear_presence", asked, _YES_NO[not present], sentence)
+    _ask_sound_presence(writer, asked_kind, asked_kind == sound)
     if sound is None:
         return
     if scene.objects:

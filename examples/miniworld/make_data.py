@@ -37,11 +37,11 @@ from language import (
     YES_NO_FAMILIES,
     a,
     caption,
+    confusions,
     conversation,
     motions,
     presence,
     sound_presence,
-    unseen_sound,
 )
 from sounds import SAMPLING_RATE, make_sound
 from tqdm import tqdm
@@ -177,16 +177,16 @@ def audio_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tu
             if alone:
                 pair = replace(pair, objects=(), type="empty")
             heard, *matches = sound_presence(pair, rng)
-            items = [heard]
+            items = []
             # Seldom, because what was said of a sound gives away the answers to all other questions about it
             if alone or rng.random() < 0.4:
                 items += conversation(pair, rng, ("hear", "when"), 1)
+            # Eye and ear differ as often as not: else "is there a ..." is answered by ear, "do you hear ..." by eye
+            items += (confusions(pair, rng) if rng.random() < 0.5 else []) or [heard, presence(pair, rng)][: 2 - alone]
             if not alone:
                 media.append(("video", clip_name(split, index)))
                 # More about what is seen: the sound's tokens must not get in the way of the frames'
                 items += matches[:1] if rng.random() < 0.2 else []
-                # What is heard is not seen about as often as it is: else "is there a ..." would be answered by ear
-                items += (unseen_sound(pair, rng) if rng.random() < 0.5 else []) or [presence(pair, rng)]
                 items.append(presence(pair, rng))
                 if number == 0 and _are_three_at_once(scene):
                     items += motions(pair, rng)
