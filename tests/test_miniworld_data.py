@@ -312,3 +312,25 @@ def test_frames_stand_for_sounds(scenes):
             assert all(HELD_OUT_SOUNDS[kind] != heard.kinds[0] for kind in scene.kinds)
             matches[heard.kinds[0] in scene.kinds] += bool(scene.objects)
     assert matches[True] / matches.total() == pytest.approx(0.5, abs=0.06)
+
+
+def test_eye_and_ear_differ_as_often_as_they_agree(scenes):
+    """Else "is there a ..." could be answered by ear, and "do you hear ..." by eye."""
+    train = scenes["train"]
+    answers = Counter()
+    for name, row in make_data.audio_annotations(train, "train", 3):
+        (sounding, *shown) = [item for item in row["messages"][0]["content"] if item["type"] != "text"]
+        if name != "audio-conversations" or not shown:
+            continue
+        heard = train[int(sounding["path"][-10:-4])].kinds
+        seen = train[int(shown[0]["path"][-10:-4])].kinds
+        for user, _ in zip(row["messages"][::2], row["messages"][1::2], strict=True):
+            words = user["content"][-1]["text"].replace("?", "").split()
+            for kind in set(KINDS) & set(words):
+                if {"hear", "sound"} & set(words):
+                    answers["hear", kind in heard] += kind in seen
+                elif words[:2] in (["Is", "there"], ["Do", "you"]) and not set(COLOURS) & set(words):
+                    answers["see", kind in seen] += kind in heard
+    for sense in ("hear", "see"):
+        share = answers[sense, True] / (answers[sense, True] + answers[sense, False])
+        assert share == pytest.approx(0.5, abs=0.15), (sense, share)
