@@ -1,14 +1,20 @@
-"""What the page's server does with files that go while they are asked for; no browser is needed to see it."""
+"""What the page's server does, as far as it is seen without a browser: files that go, streams that stay."""
 
 import asyncio
+import json
 import os
+import socket
+import threading
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
+import httpx
 import pytest
+from serve_parts import until
 from starlette.responses import FileResponse
 
-from transformers_videollama.ui.server import _Guard
+from transformers_videollama.ui.server import PageServer, _Guard
 
 
 def _get(app: Any, path: Path, **headers: str) -> list[dict[str, Any]]:
@@ -57,3 +63,39 @@ def test_other_errors_are_not_hidden(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="broken"):
         _get(fail, path)
+
+
+def test_a_stream_stays_open_when_all_is_answered() -> None:
+    """Or else a page that sends its next event at that moment would wait for ever."""
+    with gr.Blocks() as page:
+        text = gr.Textbox()
+        text.change(lambda value: value.upper(), text, text)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = PageServer(page.queue(), listener, 2**20, ["127.0.0.1"])
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            until(lambda: server.started)
+            with httpx.Client(base_url=f"{server.url}/gradio_api/queue", timeout=60) as client:
+
+                def ask(value: str) -> None:
+                    event = {"data": [value], "fn_index": 0, "session_hash": "somebody"}
+                    client.post("join", json=event).raise_for_status()
+
+                ask("first")
+                with client.stream("GET", "data", params={"session_hash": "somebody"}) as stream:
+                    assert stream.status_code == 200
+                    answers = []
+                    for line in stream.iter_lines():
+                        message = json.loads(line.removeprefix("data: ") or "{}")
+                        assert message.get("msg") != "close_stream"
+                        if message.get("msg") == "process_completed":
+                            answers += message["output"]["data"]
+                            if len(answers) == 3:
+                                break
+                            ask("second" if len(answers) == 1 else "third")
+        finally:
+            server.should_exit = True
+            thread.join(60)
+    assert answers == ["FIRST", "SECOND", "THIRD"] and not thread.is_alive()

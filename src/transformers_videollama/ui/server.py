@@ -22,6 +22,7 @@ _POLICY = (
 )
 _FILE = "/gradio_api/file="
 _FETCHING = (f"{_FILE}http:", f"{_FILE}https:", "/gradio_api/proxy=")
+_STREAM = "/gradio_api/queue/data"
 _HEADERS = [
     (b"content-security-policy", _POLICY.encode()),
     (b"referrer-policy", b"same-origin"),
@@ -61,7 +62,7 @@ class PageServer(uvicorn.Server):
             head=HEAD,
         )
         self._stop_event = app.routes[-1].app.stop_event
-        self._guard = _Guard(app)
+        self._guard = _Guard(_OpenStreams(app))
         guarded = TrustedHostMiddleware(self._guard, allowed_hosts, www_redirect=False)
         super().__init__(
             uvicorn.Config(guarded, log_level="error", ws="none", server_header=False, timeout_graceful_shutdown=5)
@@ -140,3 +141,35 @@ class _Guard:
                 task.cancel()
             if open_:
                 await asyncio.wait(open_, timeout=timeout)
+
+
+class _OpenStreams:
+    """
+    Keeps the stream on which a page receives the answers to its events open until the page is closed. Gradio ends it
+    each time when everything is answered; an event that the page sends before it has read of that end would never be
+    answered, because the page opens no other stream for it.
+    """
+
+    def __init__(self, app: Any):
+        self.app = app
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http" or scope["path"] != _STREAM:
+            await self.app(scope, receive, send)
+            return
+        is_begun = False
+        is_ended = True
+
+        async def send_on(message: dict[str, Any]) -> None:
+            nonlocal is_begun, is_ended
+            if message["type"] == "http.response.start":
+                if is_begun:
+                    return
+                is_begun = True
+            is_ended = is_ended or b'"msg":"close_stream"' in message.get("body", b"")
+            if not is_ended:
+                await send(message)
+
+        while is_ended:
+            is_ended = False
+            await self.app(scope, receive, send_on)
