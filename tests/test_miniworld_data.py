@@ -13,7 +13,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "mi
 
 import make_data
 from drawing import NUM_FRAMES, RGB, VIEW, draw, sprite
-from language import CHOICES, FAMILIES, SIGHT_FAMILIES, SOUND_FAMILIES, caption, conversation, normalise, questions
+from language import (
+    CHOICES,
+    FAMILIES,
+    SIGHT_FAMILIES,
+    SOUND_FAMILIES,
+    caption,
+    colour_presence,
+    colours,
+    conversation,
+    motions,
+    names,
+    normalise,
+    questions,
+)
 from pictures import MIN_DISTANCE, draw_picture
 from rearrange import rearrange
 from sounds import NUM_SAMPLES, SAMPLING_RATE, kind_sound, make_sound
@@ -173,6 +186,25 @@ def test_each_question_has_its_answer_among_the_choices(scenes):
         assert set(answers[family]) == set(CHOICES[family])
     for family in ("see", "hear_presence"):
         assert answers[family]["Yes."] / answers[family].total() == pytest.approx(0.5, abs=0.05)
+
+
+def test_questions_about_each_thing_and_about_its_colour(scenes):
+    for index, scene in enumerate(scenes["train"]):
+        rng = generator(0, "train", index, "each")
+        named = [(item.question, item.canonical) for item in names(scene, rng)]
+        asked = {(thing.colour, thing.kind) for thing in scene.objects if thing.event != "changes"}
+        assert asked == {(c, k) for c, k in asked for question, answer in named if c in question and k in answer}
+        assert len(named) == len(asked)
+        moving = {thing.kind for thing in scene.objects if thing.motion}
+        items = motions(scene, rng)
+        assert {kind for kind in KINDS for item in items if f" {kind} " in item.question.replace("?", " ")} == moving
+        assert len(items) == len(moving)
+        of_kinds = {kind for kind in KINDS for item in colours(scene, rng) if f" {kind}" in item.question}
+        assert of_kinds == set(scene.kinds)
+        answers = {item.canonical: item.question for item in colour_presence(scene, rng)}
+        assert set(answers) == ({"Yes.", "No."} if asked else set())
+        for answer, question in answers.items():
+            assert (answer == "Yes.") == any(f" {colour} {kind}" in question for colour, kind in asked)
 
 
 def test_caption_says_what_is_seen_and_never_what_is_heard(scenes):

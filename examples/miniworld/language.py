@@ -6,7 +6,7 @@ Called by `make_data.py` for the training data and by the evaluation, which comp
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -154,10 +154,7 @@ def questions(scene: Scene, rng: np.random.Generator) -> list[QA]:
         writer.ask("object", asked, f"{a(kind).capitalize()}.", f"I see {a(kind)}.")
     for thing in things:
         if thing.event != "changes":
-            asked = (f"What is the {thing.colour} object?", f"Which object is {thing.colour}?")
-            writer.ask(
-                "object", asked, f"{a(thing.kind).capitalize()}.", f"The {thing.colour} object is {a(thing.kind)}."
-            )
+            _ask_name(writer, thing)
     for thing in things:
         _ask_colour(writer, thing)
     count = len(things)
@@ -214,12 +211,41 @@ def confusions(scene: Scene, rng: np.random.Generator) -> list[QA]:
 
 def motions(scene: Scene, rng: np.random.Generator) -> list[QA]:
     """One question about how each thing moves, for those that do, in random order."""
+    return _one_of_each([thing for thing in scene.objects if thing.motion], _ask_motion, rng)
+
+
+def names(scene: Scene, rng: np.random.Generator) -> list[QA]:
+    """One question about what each thing is, by its colour, for those that keep theirs, in random order."""
+    return _one_of_each([thing for thing in scene.objects if thing.event != "changes"], _ask_name, rng)
+
+
+def colours(scene: Scene, rng: np.random.Generator) -> list[QA]:
+    """One question about the colour of each thing, in random order."""
+    return _one_of_each(list(scene.objects), _ask_colour, rng)
+
+
+def colour_presence(scene: Scene, rng: np.random.Generator) -> list[QA]:
+    """Two questions about one thing that keeps its colour: whether there is one of that colour, and of another."""
+    things = [thing for thing in scene.objects if thing.event != "changes"]
+    if not things:
+        return []
+    writer = _Writer(rng)
+    thing = things[rng.integers(len(things))]
+    _ask_presence(writer, f"{thing.colour} {thing.kind}", True)
+    _ask_presence(
+        writer, f"{rng.choice([colour for colour in COLOURS if colour != thing.colour])} {thing.kind}", False
+    )
+    return [writer.items[i] for i in rng.permutation(2)]
+
+
+def _one_of_each(
+    things: Sequence[Object], ask: Callable[[_Writer, Object], None], rng: np.random.Generator
+) -> list[QA]:
     items = []
-    for thing in scene.objects:
-        if thing.motion:
-            writer = _Writer(rng)
-            _ask_motion(writer, thing)
-            items.append(writer.items[rng.integers(len(writer.items))])
+    for thing in things:
+        writer = _Writer(rng)
+        ask(writer, thing)
+        items.append(writer.items[rng.integers(len(writer.items))])
     return [items[i] for i in rng.permutation(len(items))]
 
 
@@ -228,6 +254,11 @@ def sound_presence(scene: Scene, rng: np.random.Generator) -> list[QA]:
     writer = _Writer(rng)
     _ask_sound(writer, scene)
     return [item for item in writer.items if item.family in YES_NO_FAMILIES]
+
+
+def _ask_name(writer: _Writer, thing: Object) -> None:
+    asked = (f"What is the {thing.colour} object?", f"Which object is {thing.colour}?")
+    writer.ask("object", asked, f"{a(thing.kind).capitalize()}.", f"The {thing.colour} object is {a(thing.kind)}.")
 
 
 def _ask_colour(writer: _Writer, thing: Object) -> None:

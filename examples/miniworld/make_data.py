@@ -37,9 +37,12 @@ from language import (
     YES_NO_FAMILIES,
     a,
     caption,
+    colour_presence,
+    colours,
     confusions,
     conversation,
     motions,
+    names,
     presence,
     sound_presence,
 )
@@ -50,7 +53,11 @@ from world import FPS, HELD_OUT_SOUNDS, MOMENTS, SAMPLED_TIMES, SPLITS, Scene, g
 CAPTIONS_PER_CLIP = 2  # which differ in their wording
 CONVERSATIONS_PER_CLIP = 2
 PRESENCE_QUESTIONS = 2  # in each of the video branch's
-MOTION_CONVERSATIONS = 4  # more, for a clip of three things at once: whose motion is whose is the hardest to find
+# More of the video branch's, about what is hardest to find: of three things at once, whose motion is whose; of three,
+# which one has a colour, and which colour each has; the colours of one that changes its
+MOTION_CONVERSATIONS = 4
+NAME_CONVERSATIONS = COLOUR_CONVERSATIONS = 2
+CHANGE_CONVERSATIONS = 4
 ANNOTATIONS = ("captions", "conversations", "audio-captions", "audio-conversations")
 
 
@@ -149,9 +156,17 @@ def video_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tu
             items = [presence(scene, rng) for _ in range(PRESENCE_QUESTIONS)]
             items += conversation(scene, rng, SIGHT_FAMILIES, int(rng.integers(1, 4)))
             yield "conversations", message_rows(media, _turns(items, rng))
-        if _are_three_at_once(scene):
-            for _ in range(MOTION_CONVERSATIONS):
-                yield "conversations", message_rows(media, _turns([presence(scene, rng), *motions(scene, rng)], rng))
+        hardest = [partial(motions, scene, rng)] * (MOTION_CONVERSATIONS if _are_three_at_once(scene) else 0)
+        if len(scene.objects) == 3:
+            hardest += [partial(names, scene, rng)] * NAME_CONVERSATIONS
+            hardest += [partial(colours, scene, rng)] * COLOUR_CONVERSATIONS
+        if any(thing.event == "changes" for thing in scene.objects):
+            hardest += [partial(conversation, scene, rng, ("event", "colour"), 3)] * CHANGE_CONVERSATIONS
+        for ask in hardest:
+            yield "conversations", message_rows(media, _turns([presence(scene, rng), *ask()], rng))
+        right_and_wrong = colour_presence(scene, rng)
+        if right_and_wrong:
+            yield "conversations", message_rows(media, _turns(right_and_wrong, rng))
 
 
 def audio_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
