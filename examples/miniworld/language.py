@@ -232,15 +232,15 @@ def colour_presence(scene: Scene, rng: np.random.Generator) -> list[QA]:
     writer = _Writer(rng)
     thing = things[rng.integers(len(things))]
     _ask_presence(writer, f"{thing.colour} {thing.kind}", True)
-    _ask_presence(
-        writer, f"{rng.choice([colour for colour in COLOURS if colour != thing.colour])} {thing.kind}", False
-    )
+    other = rng.choice([colour for colour in COLOURS if colour != thing.colour])
+    _ask_presence(writer, f"{other} {thing.kind}", False)
     return [writer.items[i] for i in rng.permutation(2)]
 
 
 def _one_of_each(
     things: Sequence[Object], ask: Callable[[_Writer, Object], None], rng: np.random.Generator
 ) -> list[QA]:
+    """One of the questions that `ask` has about each of the things, in random order."""
     items = []
     for thing in things:
         writer = _Writer(rng)
