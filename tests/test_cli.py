@@ -1,16 +1,19 @@
 """The command `videollama`: what it prints, what it returns, and what a user's mistakes look like."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from media_files import write_damaged_image
 
 from transformers_videollama import VideoLlamaForConditionalGeneration, VideoLlamaProcessor, save_trained_part
 from transformers_videollama.cli import COMMANDS, main
+from transformers_videollama.cli.media_arguments import media_entry
 from transformers_videollama.conversation import Conversation
 
 SYNTH = Path(__file__).parent / "reference" / "synth"
@@ -168,6 +171,8 @@ def test_a_chat_of_several_turns(loaded: tuple[Any, Any], tiny_folder: Path) -> 
         "/open absent.mp4",
         "Why?",
         "/clear",
+        f"/open {__file__}",
+        "What does <video> mean?",
         "What is shown?",
         "/quit",
         "Unasked?",
@@ -178,8 +183,17 @@ def test_a_chat_of_several_turns(loaded: tuple[Any, Any], tiny_folder: Path) -> 
     assert done.returncode == 0, done.stderr
     first = alone(loaded, [question("What is shown?", SILENT)])
     turns = [question("What is shown?", SILENT), {"role": "assistant", "content": first}, question("Why?")]
-    assert done.stdout == f"{first}\n{alone(loaded, turns)}\n{first}\n"
+    assert done.stdout == f"{first}\n{alone(loaded, turns)}\n\n{first}\n"
     assert "/nonsense is no command" in done.stderr and "There is no file absent.mp4" in done.stderr
+    assert "test_cli.py cannot be read" in done.stderr and "<video>" in done.stderr
+
+
+def test_a_chat_about_a_damaged_file_does_not_begin(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "damaged.mp4").write_bytes(b"no video")
+    assert main(["chat", SILENT, str(tmp_path / "damaged.mp4"), "--model", str(tiny_folder)]) == 1
+    assert "damaged.mp4 cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -190,6 +204,7 @@ def test_a_chat_of_several_turns(loaded: tuple[Any, Any], tiny_folder: Path) -> 
         (["ask", CLIP, "What?", "--model", "/absent/model"], "/absent/model"),
         (["caption", CLIP, "What is shown?"], "To ask something, use `videollama ask`"),
         (["train", "absent.yaml"], "absent.yaml"),
+        (["ask", CLIP, "What?", "--device", "nonsense"], "--device nonsense: PyTorch sees"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -198,6 +213,42 @@ def test_a_mistake_is_one_line(
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"videollama {arguments[0]}: error: ") and message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("command", [["info"], ["ask", CLIP, "What?", "--model"]])
+def test_other_models_are_refused(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    assert main([*command, str(tmp_path)]) == 1
+    assert "is a model of the type bert; expected video_llama" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--top-p", "1.5"], ["--top-p", "0"], ["--temperature", "nan"]])
+@pytest.mark.parametrize("command", [["ask", CLIP], ["serve"]])
+def test_impossible_sampling_is_refused(command: list[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*command, *arguments])
+
+
+def test_no_memory_left_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(argv: list[str]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("transformers_videollama.cli.info.main", fail)
+    assert main(["info"]) == 1
+    assert "CUDA out of memory. A smaller --batch-size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("https://example.org/dog.jpg?width=100", "image"),
+        ("https://example.org/a.wav#t=1", "audio"),
+        ("https://example.org/clip.mp4?dog.jpg", "video"),
+        ("what?.png", "image"),
+    ],
+)
+def test_the_kind_of_a_medium_is_told_by_its_name(name: str, kind: str) -> None:
+    assert media_entry(name) == {"type": kind, "path": name}
 
 
 @pytest.fixture
@@ -271,8 +322,14 @@ def test_wrong_lines_and_other_questions_are_refused(
     output.write_text('{"index": 0, "question": "Another?", "answer": "no"}\n')
     assert main(["batch", str(questions_file), str(output), "--model", str(tiny_folder), *SHORT_ANSWERS]) == 1
     assert "answers to other questions" in capsys.readouterr().err
-    for line, message in (("{", "this is no JSON"), ('{"video": "a.mp4"}', 'a line needs "question"')):
-        questions_file.write_text('{"question": "Who?"}\n' + line + "\n")
+    wrong = [
+        ("{", "this is no JSON"),
+        ("[" * 100_000, "this is no JSON"),
+        ('{"video": "a.mp4"}', 'a line needs "question"'),
+        ('{"question": "What?", "vidoe": "a.mp4"}', 'a line needs "question"'),
+    ]
+    for line, message in wrong:
+        questions_file.write_text('{"question": "Who?", "image": "a.png"}\n' + line + "\n")
         assert main(["batch", str(questions_file), str(output), "--model", str(tiny_folder)]) == 1
         assert f"questions.jsonl:2: {message}" in capsys.readouterr().err
 
@@ -299,6 +356,68 @@ def test_a_damaged_picture_does_not_end_a_batch(tiny_folder: Path, tmp_path: Pat
     assert main(["batch", str(tmp_path / "in.jsonl"), str(output), "--model", str(tiny_folder), *SHORT_ANSWERS]) == 1
     lines = {line["index"]: line for line in map(json.loads, output.read_text().splitlines())}
     assert "damaged.png cannot be read as an image" in lines[0]["error"] and "answer" in lines[1]
+
+
+def test_a_batch_keeps_what_its_input_calls_as_the_output_does(tiny_folder: Path, tmp_path: Path) -> None:
+    """Reference answers and numbers of its own are what such files have; and what no other text can hold."""
+    rows: list[dict[str, Any]] = [
+        {"video": SILENT, "question": "What?", "index": 1, "answer": "A cat.", "score": float("nan")},
+        {"video": SILENT, "question": "Half a \ud83d?", "index": 0},
+        {"messages": [{"role": "tool", "content": "x"}], "answer": "None."},
+        {"video": "absent.mp4", "question": "Who?", "answer": "A dog.", "error": None},
+    ]
+    model = shutil.copytree(tiny_folder, tmp_path / "model")
+    template = model / "chat_template.jinja"
+    refusal = "{% if messages[0].role == 'tool' %}{{ raise_exception('no such role') }}{% endif %}"
+    template.write_text(refusal + template.read_text())
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps(row).encode() for row in rows))
+    arguments = ["batch", str(source), str(output), "--model", str(model), *SHORT_ANSWERS]
+    assert main(arguments) == 1
+    lines = {line["index"]: line for line in map(json.loads, output.read_text().splitlines())}
+    assert {i: lines[i]["input_answer"] for i in (0, 2, 3)} == {0: "A cat.", 2: "None.", 3: "A dog."}
+    assert (lines[0]["input_index"], lines[1]["input_index"], lines[3]["input_error"]) == (1, 0, None)
+    assert ["error" in lines[i] for i in range(4)] == [False, True, True, True]
+    written = output.read_text()
+    assert main(arguments) == 0 and output.read_text() == written
+    assert main([*arguments, "--retry-errors"]) == 1 and output.read_text() == written + "".join(
+        line for line in written.splitlines(keepends=True) if '"error"' in line
+    )
+
+
+@pytest.mark.parametrize("content", ['{"question": "What?", "video": "a.mp4"}', "no\nnotes", "[1]\n", "{"])
+def test_a_batch_leaves_other_files_alone(
+    content: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps({"video": SILENT, "question": "What?"}))
+    output = tmp_path / "other"
+    output.write_text(content)
+    arguments = ["--model", str(tiny_folder), *SHORT_ANSWERS]
+    assert main(["batch", str(tmp_path / "in.jsonl"), str(output), *arguments]) == (0 if content == "{" else 1)
+    if content != "{":  # which may be the first character of an answer
+        assert output.read_text() == content and str(output) in capsys.readouterr().err
+
+
+def test_a_batch_without_memory_is_answered_one_by_one(
+    loaded: tuple[Any, Any], tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = VideoLlamaForConditionalGeneration.generate
+
+    def generate(self: Any, **arguments: Any) -> Any:
+        if len(arguments["input_ids"]) > 1 or arguments["input_ids"].shape[1] > 90:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return original(self, **arguments)
+
+    monkeypatch.setattr(VideoLlamaForConditionalGeneration, "generate", generate)
+    rows = [{"video": SILENT, "question": text} for text in ("Who?", "What?", "What" + " then" * 40 + "?")]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "out.jsonl"
+    assert main(["batch", str(tmp_path / "in.jsonl"), str(output), "--model", str(tiny_folder), *SHORT_ANSWERS]) == 1
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    assert lines[2]["error"] == "OutOfMemoryError: CUDA out of memory."
+    assert [line["answer"] for line in lines[:2]] == [
+        alone(loaded, [question(row["question"], SILENT)]) for row in rows[:2]
+    ]
 
 
 def test_the_list_of_commands_waits_for_no_library() -> None:

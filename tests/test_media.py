@@ -39,6 +39,7 @@ from transformers_videollama.media import (
     read_audio,
     read_video,
     read_video_metadata,
+    time_limit,
     uniform_frame_indices,
 )
 
@@ -642,3 +643,12 @@ def test_cut_sound_is_named(tmp_path: Path):
     with pytest.raises(MediaError, match="damaged audio track: .* of 4.0 s") as error:
         read_audio(path)
     assert str(path) in str(error.value)
+
+
+def test_decoding_ends_with_its_time() -> None:
+    path = str(SYNTH / "clip.mp4")
+    for read in (lambda: read_video(path, 8), lambda: read_audio(path)):
+        with time_limit(0), pytest.raises(MediaError, match="clip.mp4 takes longer to be decoded than the 0 seconds"):
+            read()
+        with time_limit(600):
+            read()

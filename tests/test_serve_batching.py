@@ -97,6 +97,13 @@ def test_seeds(reference: Reference) -> None:
     assert answers[0] == answers[2] != answers[1]
 
 
+def test_impossible_settings_fail_alone(reference: Reference) -> None:
+    jobs = [Asked(reference, [text("Hm?")], AnswerSettings(8, temperature=1.0, top_p=p)) for p in (1.5, 1.0)]
+    run(reference, jobs)
+    assert jobs[0].is_over.is_set() and isinstance(jobs[0].events[-1], ValueError)
+    assert jobs[1].answer.num_tokens == 8
+
+
 def test_almost_no_temperature_is_none(reference: Reference) -> None:
     jobs = [Asked(reference, [text("Hm?")], AnswerSettings(20, temperature=t)) for t in (0, 1e-30, 2e-4)]
     run(reference, jobs)

@@ -7,14 +7,19 @@ import socket
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import gradio as gr
 import httpx
 import pytest
+from gradio.processing_utils import async_move_files_to_cache
 from serve_parts import until
 from starlette.responses import FileResponse
 
+from transformers_videollama.ui.events import PageEvents
+from transformers_videollama.ui.page import make_page
 from transformers_videollama.ui.server import PageServer, _Guard
+from transformers_videollama.ui.visitors import Medium, Visitors
 
 
 def _get(app: Any, path: Path, **headers: str) -> list[dict[str, Any]]:
@@ -34,7 +39,7 @@ def _get(app: Any, path: Path, **headers: str) -> list[dict[str, Any]]:
         "path": f"/gradio_api/file={path}",
         "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
     }
-    asyncio.run(_Guard(app)(scope, receive, send))
+    asyncio.run(_Guard(app, Visitors(path.parent))(scope, receive, send))
     return sent
 
 
@@ -65,14 +70,39 @@ def test_other_errors_are_not_hidden(tmp_path: Path) -> None:
         _get(fail, path)
 
 
-def test_a_stream_stays_open_when_all_is_answered() -> None:
+def test_addresses_are_not_fetched() -> None:
+    """Which Gradio does for whatever an event names, into memory and however large the file."""
+    events = MagicMock(spec=PageEvents, hears=True)
+    page = make_page(events, [], title="tiny", limits="", max_new_tokens=8, temperature=0.0, top_p=0.9, listens=True)
+    payload = {"path": "http://example.org/huge.mp4", "meta": {"_type": "gradio.FileData"}}
+    for block in page.blocks.values():
+        with pytest.raises(gr.Error, match="not fetched"):
+            asyncio.run(async_move_files_to_cache([payload], block, check_in_upload_folder=True))
+
+
+def test_uploads_that_nobody_opens_are_removed(tmp_path: Path) -> None:
+    uploads = tmp_path / "uploads"
+    paths = [uploads / name / "clip.mp4" for name in ("forgotten", "opened", "new")]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    (uploads / "incomplete").touch()
+    for path in paths[:2]:
+        os.utime(path.parent, (0, 0))
+    visitors = Visitors(uploads)
+    visitors.give(visitors["somebody"], Medium("video", paths[1]))
+    visitors.remove_forgotten()
+    assert [path.exists() for path in paths] == [False, True, True] and (uploads / "incomplete").exists()
+
+
+def test_a_stream_stays_open_when_all_is_answered(tmp_path: Path) -> None:
     """Or else a page that sends its next event at that moment would wait for ever."""
     with gr.Blocks() as page:
         text = gr.Textbox()
         text.change(lambda value: value.upper(), text, text)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = PageServer(page.queue(), listener, 2**20, ["127.0.0.1"])
+        server = PageServer(page.queue(), listener, 2**20, ["127.0.0.1"], Visitors(tmp_path))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()
         try:

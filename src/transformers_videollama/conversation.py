@@ -119,6 +119,18 @@ class Conversation:
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         return answer
 
+    def read(self, media: Sequence[dict[str, Any]]) -> None:
+        """
+        Reads media before anything is asked about them: a question about the same ones does not read them again.
+
+        Args:
+            media (`Sequence[dict]`): What the next question will be about, as [`~Conversation.ask`] takes it.
+
+        Raises:
+            MediaError: if a file cannot be used; the message names it.
+        """
+        self._read([*self.messages, {"role": "user", "content": [*media, {"type": "text", "text": ""}]}])
+
     def _read(self, messages: list[dict[str, Any]]) -> list[int]:
         """The prompt's token ids. Media are read and prepared only where they are not those of the last prompt."""
         contents = (message["content"] for message in messages if not isinstance(message["content"], str))

@@ -16,10 +16,24 @@ def cut_unfinished_line(path: Path) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file; none of one that is not there. Only line feeds end a line: texts may hold other ends."""
+    """
+    The complete lines of a file; none of one that is not there. Only line feeds end a line: texts may hold other ends.
+
+    Raises:
+        ValueError: naming the line that is no JSON object.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+    lines = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            found = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: this is no line that the command wrote ({error}).") from error
+        if not isinstance(found, dict):
+            raise ValueError(f"{path}:{number}: this is no line that the command wrote: {line[:80]!r}.")
+        lines.append(found)
+    return lines
 
 
 def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
@@ -27,6 +41,7 @@ def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        os.write(file, text.encode())
+        # Half a surrogate pair, which UTF-8 cannot hold, becomes its escape, which JSON reads as the same
+        os.write(file, text.encode(errors="backslashreplace"))
     finally:
         os.close(file)

@@ -95,7 +95,8 @@ def time_limit(seconds: float) -> Generator[None]:
         _time_limit.reset(token)
 
 
-def _check_time(container: InputContainer) -> None:
+def check_time(container: InputContainer) -> None:
+    """Raises a `MediaError` after the end of the [`time_limit`], if there is one."""
     limit = _time_limit.get()
     if limit is not None and time.monotonic() > limit[0]:
         raise MediaError(
@@ -507,7 +508,7 @@ def _decoded_frames(
     packets = container.demux(stream)
     feeding, is_end = start is None, False
     while not is_end:
-        _check_time(container)
+        check_time(container)
         try:
             packet = next(packets)
             # Seeking may land earlier than asked for; what comes before the key frame is not needed
@@ -859,7 +860,7 @@ def read_audio(source: MediaSource) -> tuple[np.ndarray, int] | None:
         cuts_the_end = is_mov and _pyav_version() >= 19
         packets = container.demux(stream)
         while True:
-            _check_time(container)
+            check_time(container)
             try:
                 packet = next(packets)
                 if cuts_the_end:

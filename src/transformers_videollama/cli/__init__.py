@@ -46,6 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"videollama {argv[0]}: error: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" or os.environ.get("VIDEOLLAMA_DEBUG"):  # torch's, not imported
+            raise
+        print(
+            f"videollama {argv[0]}: error: {error} A smaller --batch-size, --load-in-8bit or --load-in-4bit may help, "
+            "where the command has them.",
+            file=sys.stderr,
+        )
+        return 1
 
 
 def make_parser(command: str, description: str | None) -> argparse.ArgumentParser:

@@ -5,11 +5,13 @@
 
 A line of the input has "question" and "video", "image" or "audio" (a path, relative to the input's folder unless
 --media-root is given, or an address), or "messages", a chat. A line of the output is that line with its "index", from
-0, and "answer", or "error" where the item could not be used; lines come in the order in which they are done. Run
-again, the command does what is missing. Exit status 1 if there are errors.
+0, and "answer", or "error" where the item could not be used; an "index", "answer" or "error" of the input's own is
+kept as "input_index" and so on. Lines come in the order in which they are done. Run again, the command does what is
+missing. Exit status 1 if there are errors.
 """
 
 import argparse
+import codecs
 import json
 import sys
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from typing import Any
 
 from ..json_lines import append_lines, cut_unfinished_line, read_lines
 from . import UsageError, make_parser
+from .media_arguments import is_address
 from .models import (
     add_generation_arguments,
     add_model_arguments,
@@ -30,6 +33,7 @@ from .processes import join_processes
 
 HELP = "answer the questions of a JSON Lines file"
 KINDS = ("video", "image", "audio")
+OWN_FIELDS = ("index", "answer", "error")
 BATCHES_SORTED_TOGETHER = 32
 """So many batches are sorted by length at a time: few have much padding, and the first answers come soon."""
 
@@ -50,11 +54,11 @@ def main(argv: list[str]) -> int:
 
     state = join_processes(args)
     rows = read_rows(args.input)
+    done = read_done(args.output, rows, args.retry_errors)
+    state.wait_for_everyone()  # nobody writes before all have read
     if state.is_main_process:
         cut_unfinished_line(args.output)
     state.wait_for_everyone()
-    done = read_done(args.output, rows, args.retry_errors)
-    state.wait_for_everyone()  # nobody writes before all have read
     missing = [index for index in range(len(rows)) if index not in done]
     own = missing[state.process_index :: state.num_processes]
     failed = answer_rows(args, rows, own, is_shown=state.is_main_process) if own else 0
@@ -69,29 +73,32 @@ def main(argv: list[str]) -> int:
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """
-    The lines of the input.
+    The lines of the input, with other names for what the output's lines have of their own.
 
     Raises:
         UsageError: naming the line that is not as described above.
     """
     rows = []
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UsageError(f"{path}:{number}: this is no JSON ({error}).") from error
-            if not isinstance(row, dict) or not ("messages" in row or isinstance(row.get("question"), str)):
-                raise UsageError(
-                    f'{path}:{number}: a line needs "question", with "video", "image" or "audio", or "messages"; it '
-                    f"is {line.strip():.80}"
-                )
-            rows.append(row)
+    for number, line in enumerate(path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested too deep
+            raise UsageError(f"{path}:{number}: this is no JSON ({error}).") from error
+        if not isinstance(row, dict) or not ("messages" in row or _is_question(row)):
+            raise UsageError(
+                f'{path}:{number}: a line needs "question", with "video", "image" or "audio", or "messages"; it '
+                f"is {line.decode(errors='replace').strip():.80}"
+            )
+        rows.append({f"input_{name}" if name in OWN_FIELDS else name: value for name, value in row.items()})
     if not rows:
         raise UsageError(f"{path} has no lines.")
     return rows
+
+
+def _is_question(row: dict[str, Any]) -> bool:
+    return isinstance(row.get("question"), str) and any(row.get(kind) is not None for kind in KINDS)
 
 
 def read_done(path: Path, rows: list[dict[str, Any]], retry_errors: bool) -> set[int]:
@@ -99,15 +106,22 @@ def read_done(path: Path, rows: list[dict[str, Any]], retry_errors: bool) -> set
     The indices of the lines that are in the output.
 
     Raises:
-        UsageError: if the output is of another input.
+        UsageError: if the output is of another input, or is no output at all.
     """
     done = set()
     for found in read_lines(path):
-        index = found.get("index")
-        if not isinstance(index, int) or index >= len(rows) or any(found.get(k) != v for k, v in rows[index].items()):
+        index = found.pop("index", None)
+        is_error = found.pop("error", None) is not None
+        found.pop("answer", None)
+        # As text, because what JSON calls NaN is no equal of itself
+        if not isinstance(index, int) or not 0 <= index < len(rows) or json.dumps(found) != json.dumps(rows[index]):
             raise UsageError(f"{path} holds answers to other questions: give another file, or delete it.")
-        if "answer" in found or not retry_errors:
+        if not is_error or not retry_errors:
             done.add(index)
+    if path.exists():
+        beginning, rest = b'{"index": ', path.read_bytes().rpartition(b"\n")[2]
+        if not (rest.startswith(beginning) or beginning.startswith(rest)):
+            raise UsageError(f"{path} is no output of this command: give another file.")
     return done
 
 
@@ -119,8 +133,7 @@ def make_messages(row: dict[str, Any], media_root: Path, system_prompt: str | No
     for kind in KINDS:
         if row.get(kind) is not None:
             name = str(row[kind])
-            is_address = name.lower().startswith(("http://", "https://", "data:"))
-            content.append({"type": kind, "path": name if is_address else str(media_root / name)})
+            content.append({"type": kind, "path": name if is_address(name) else str(media_root / name)})
     system = (
         [] if system_prompt is None else [{"role": "system", "content": [{"type": "text", "text": system_prompt}]}]
     )
@@ -134,7 +147,7 @@ def answer_rows(args: argparse.Namespace, rows: list[dict[str, Any]], indices: l
     from tqdm import tqdm
     from transformers import set_seed
 
-    from ..pipeline_video_text_to_text import VideoTextToTextPipeline
+    from ..pipeline_video_text_to_text import VideoTextToTextPipeline, join_prompts
 
     model, processor = load_model(args)
     pipe = VideoTextToTextPipeline(model=model, processor=processor)
@@ -146,8 +159,10 @@ def answer_rows(args: argparse.Namespace, rows: list[dict[str, Any]], indices: l
 
         try:
             chat = Chat(make_messages(rows[index], media_root, args.system_prompt))
-            return index, pipe.preprocess(chat, **preprocess_options), ""
-        except (ValueError, TypeError, KeyError, OSError) as error:
+            inputs = pipe.preprocess(chat, **preprocess_options)
+            del inputs["text"]
+            return index, inputs, ""
+        except Exception as error:  # whatever is wrong with one item, the run goes on
             return index, None, f"{type(error).__name__}: {error}"
 
     loader = DataLoader(
@@ -156,26 +171,35 @@ def answer_rows(args: argparse.Namespace, rows: list[dict[str, Any]], indices: l
         collate_fn=list,
         num_workers=min(args.workers, len(indices)),
     )
+
+    def answer(batch: list[tuple[int, dict[str, Any]]]) -> dict[int, dict[str, str]]:
+        """What comes of items; those that cannot be answered together are answered one by one."""
+        inputs = join_prompts(processor.tokenizer, [inputs for _, inputs in batch])
+        try:
+            moved = {
+                name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+                for name, value in inputs.items()
+            }
+            with torch.inference_mode():
+                output = model.generate(**moved, **generate_arguments(args))
+        except RuntimeError as error:  # out of memory
+            if len(batch) == 1:
+                return {batch[0][0]: {"error": f"{type(error).__name__}: {error}"}}
+        else:
+            answers = processor.post_process_image_text_to_text(output[:, moved["input_ids"].shape[1] :])
+            return {index: {"answer": answer} for (index, _), answer in zip(batch, answers, strict=True)}
+        return {index: result for item in batch for index, result in answer([item]).items()}
+
     set_seed(args.seed)
     num_failed = 0
     with tqdm(total=len(indices), unit="question", disable=not is_shown) as bar:
         for batch in loader:
-            results: dict[int, dict[str, str]] = {index: {"error": error} for index, _, error in batch if error}
-            usable = [(index, inputs) for index, inputs, error in batch if not error]
+            results = {index: {"error": error} for index, inputs, error in batch if inputs is None}
+            usable = [(index, inputs) for index, inputs, _ in batch if inputs is not None]
             if usable:
-                inputs = pipe._collate([inputs for _, inputs in usable])
-                del inputs["text"]
-                moved = {
-                    name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-                    for name, value in inputs.items()
-                }
-                with torch.inference_mode():
-                    output = model.generate(**moved, **generate_arguments(args))
-                answers = processor.post_process_image_text_to_text(output[:, moved["input_ids"].shape[1] :])
-                for (index, _), answer in zip(usable, answers, strict=True):
-                    results[index] = {"answer": answer}
+                results |= answer(usable)
             append_lines(args.output, [{"index": index, **rows[index], **results[index]} for index in sorted(results)])
-            num_failed += len(batch) - len(usable)
+            num_failed += sum("error" in result for result in results.values())
             bar.update(len(batch))
     return num_failed
 

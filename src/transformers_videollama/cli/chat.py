@@ -28,10 +28,10 @@ def main(argv: list[str]) -> None:
     add_model_arguments(parser)
     add_generation_arguments(parser)
     args = parser.parse_args(argv)
+    from jinja2 import TemplateError
     from transformers import set_seed
 
     from ..conversation import Conversation
-    from ..media import MediaError
 
     media, others = split_media(args.files)
     if others:
@@ -39,8 +39,10 @@ def main(argv: list[str]) -> None:
     model, processor = load_model(args)
     set_seed(args.seed)
     options = processor_arguments(args)
-    chat = Conversation(model, processor, args.system_prompt, **options)
+    system_prompt = args.system_prompt
+    chat = Conversation(model, processor, system_prompt, **options)
     new = [media_entry(medium) for medium in media]
+    chat.read(new)
     print(f"About {', '.join(media)}. {_COMMANDS}", file=sys.stderr)
     while True:
         try:
@@ -56,21 +58,24 @@ def main(argv: list[str]) -> None:
             print(_COMMANDS, file=sys.stderr)
         elif command == "/open":
             try:
-                new += [media_entry(medium) for medium in split_media([rest])[0]]
-            except UsageError as error:
+                opened = [*new, *(media_entry(medium) for medium in split_media([rest])[0])]
+                chat.read(opened)
+                new = opened
+            except (UsageError, ValueError, OSError) as error:
                 print(error, file=sys.stderr)
         elif command in ("/clear", "/system"):
             new = [entry for message in chat.messages for entry in _media_of(message)] + new
-            chat = Conversation(model, processor, rest if command == "/system" else args.system_prompt, **options)
+            if command == "/system":
+                system_prompt = rest
+            chat = Conversation(model, processor, system_prompt, **options)
         elif command.startswith("/"):
             print(f"{command} is no command: {_COMMANDS}", file=sys.stderr)
         else:
             try:
                 chat.ask(line, new, on_text=lambda text: print(text, end="", flush=True), **generate_arguments(args))
                 new = []
-            except MediaError as error:
+            except (ValueError, TemplateError) as error:  # such as a placeholder in the question
                 print(error, file=sys.stderr)
-                new = []
             except KeyboardInterrupt:  # the question was not asked
                 print(" …", end="")
             print(flush=True)

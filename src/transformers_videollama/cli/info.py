@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import make_parser
-from .models import find_model
+from .models import check_model, find_model
 
 HELP = "what a checkpoint holds, and how much memory it needs"
 PARTS = (
@@ -37,6 +37,7 @@ def main(argv: list[str]) -> None:
     if (Path(name) / "trained_part.json").is_file():
         found = describe_trained_part(Path(name))
     else:
+        check_model(name, **options)
         found = describe_model(name, **options)
     print(json.dumps(found, indent=2) if args.json else as_text(found))
 

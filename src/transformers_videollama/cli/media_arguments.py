@@ -3,15 +3,21 @@
 import mimetypes
 import os
 from typing import Any
+from urllib.parse import urlsplit
 
 from . import UsageError
 
 _SCHEMES = ("http://", "https://", "data:")
 
 
+def is_address(text: str) -> bool:
+    """Whether a medium is somewhere else, or in its own name."""
+    return text.lower().startswith(_SCHEMES)
+
+
 def is_medium(text: str) -> bool:
     """Whether an argument is a file or an address, and not a question."""
-    return os.path.exists(text) or text.lower().startswith(_SCHEMES)
+    return os.path.exists(text) or is_address(text)
 
 
 def split_media(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -34,7 +40,8 @@ def split_media(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def media_entry(name: str) -> dict[str, Any]:
     """A file or address as an entry of a message: an image or a sound by its name, else a video."""
-    guessed = mimetypes.guess_type(name)[0] or ""
+    # An address may go on after the name, as one that is signed does
+    guessed = mimetypes.guess_type(urlsplit(name).path if is_address(name) else name)[0] or ""
     if name.lower().startswith("data:"):
         guessed = name[5:].partition(";")[0]
     kind = guessed.partition("/")[0]

@@ -1,6 +1,7 @@
 """Which model a command uses, on which device and in which number format; and how it generates."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,9 +44,12 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("answers")
     group.add_argument("--max-new-tokens", type=positive, default=256, help="(default: %(default)s)")
     group.add_argument(
-        "--temperature", type=float, default=0.0, help="above 0 answers are drawn at random (default: %(default)s)"
+        "--temperature",
+        type=not_negative,
+        default=0.0,
+        help="above 0 answers are drawn at random (default: %(default)s)",
     )
-    group.add_argument("--top-p", type=float, default=0.9, help="with a temperature (default: %(default)s)")
+    group.add_argument("--top-p", type=_share, default=0.9, help="with a temperature (default: %(default)s)")
     group.add_argument("--seed", type=int, default=0, help="of what is drawn at random (default: %(default)s)")
     media = parser.add_argument_group("media")
     media.add_argument("--num-frames", type=positive, help="frames of a video (default: what the model was made for)")
@@ -58,7 +62,7 @@ def load_model(args: argparse.Namespace) -> "tuple[VideoLlamaForConditionalGener
     The model of the arguments of [`add_model_arguments`], ready to answer, and its processor.
 
     Raises:
-        UsageError: if none was named and the small one is not there.
+        UsageError: if none was named and the small one is not there, or if it is another kind of model.
         OSError: if there is no such folder or Hub id.
     """
     from transformers.utils import logging
@@ -69,6 +73,7 @@ def load_model(args: argparse.Namespace) -> "tuple[VideoLlamaForConditionalGener
     logging.disable_progress_bar()
     name, options = find_model(args.model)
     hub_options = {} if args.revision is None else {"revision": args.revision}
+    check_model(name, **hub_options)
     processor = VideoLlamaProcessor.from_pretrained(name, **hub_options)
     options |= hub_options | weight_options(args)
     model = VideoLlamaForConditionalGeneration.from_pretrained(name, **options)
@@ -85,7 +90,14 @@ def weight_options(args: argparse.Namespace) -> dict[str, Any]:
     """What the arguments of [`add_model_arguments`] are for `from_pretrained`: device and number format of weights."""
     import torch
 
-    device = args.device or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = args.device or accelerator or "cpu"
+    try:
+        is_there = torch.device(device).type in ("cpu", accelerator and accelerator.type)
+    except RuntimeError:  # no device's name
+        is_there = False
+    if not is_there:
+        raise UsageError(f"--device {device}: PyTorch sees {accelerator or 'no GPU'} here.")
     options: dict[str, Any] = {
         "dtype": "auto" if args.dtype == "auto" else getattr(torch, args.dtype),
         "device_map": device,
@@ -118,6 +130,19 @@ def find_model(name: str | None) -> tuple[str, dict[str, Any]]:
     return str(MINIWORLD / "model"), {"text_model": find_decoder(CACHE)}
 
 
+def check_model(name: str, **hub_options: Any) -> None:
+    """Raises a [`UsageError`] for another kind of model, which `from_pretrained` would not, and for branches alone."""
+    from transformers import PreTrainedConfig
+
+    from ..configuration_video_llama import VideoLlamaConfig
+
+    if (Path(name) / "trained_part.json").is_file() and not (Path(name) / "config.json").is_file():
+        raise UsageError(f"{name} holds trained branches alone: give it as --trained-part, and as --model their base.")
+    found = PreTrainedConfig.get_config_dict(name, **hub_options)[0].get("model_type")
+    if found != VideoLlamaConfig.model_type:
+        raise UsageError(f"{name} is a model of the type {found}; expected {VideoLlamaConfig.model_type}.")
+
+
 def generate_arguments(args: argparse.Namespace) -> dict[str, Any]:
     """What the arguments of [`add_generation_arguments`] are for `generate`."""
     options: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
@@ -134,6 +159,22 @@ def processor_arguments(args: argparse.Namespace) -> dict[str, Any]:
     if args.no_audio:
         options["load_audio_from_video"] = False
     return options
+
+
+def not_negative(text: str) -> float:
+    """A number of 0 or more, as `argparse` reads it."""
+    number = float(text)
+    if not 0 <= number < math.inf:  # nor nan
+        raise argparse.ArgumentTypeError(f"must be 0 or more, but is {number}")
+    return number
+
+
+def _share(text: str) -> float:
+    """A number above 0 and up to 1, as `argparse` reads it."""
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, but is {number}")
+    return number
 
 
 def positive(text: str) -> int:

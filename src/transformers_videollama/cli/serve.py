@@ -18,7 +18,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import UsageError, make_parser
-from .models import add_generation_arguments, add_model_arguments, load_model, positive, processor_arguments
+from .models import (
+    add_generation_arguments,
+    add_model_arguments,
+    load_model,
+    not_negative,
+    positive,
+    processor_arguments,
+)
 
 HELP = "answer questions over HTTP, as the OpenAI API does"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -57,7 +64,7 @@ def _add_server_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--batch-size", type=positive, default=8, help="requests at a time (default: %(default)s)")
     group.add_argument(
         "--batch-window",
-        type=_not_negative,
+        type=not_negative,
         default=0.02,
         metavar="SECONDS",
         help="how long a request waits for others to join it (default: %(default)s)",
@@ -215,11 +222,3 @@ def _host_name(text: str) -> str:
             f"must be a host without scheme and port, such as gpu.example.org or *.example.org, but is {text}"
         )
     return text
-
-
-def _not_negative(text: str) -> float:
-    """A number of 0 or more, as `argparse` reads it."""
-    number = float(text)
-    if not number >= 0:  # which is so of nan, too
-        raise argparse.ArgumentTypeError(f"must be 0 or more, but is {number}")
-    return number

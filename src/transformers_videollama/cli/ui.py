@@ -63,10 +63,11 @@ def show_page(args: argparse.Namespace, listener: socket.socket, folder: Path) -
     logging.basicConfig(format="%(levelname)s: %(message)s")
     model, processor = load_model(args)
     set_seed(args.seed)
+    visitors = Visitors(folder / "uploads")
     events = PageEvents(
         model,
         processor,
-        Visitors(folder / "uploads"),
+        visitors,
         max_seconds=args.max_media_seconds,
         system_prompt=args.system_prompt,
         num_frames=args.num_frames,
@@ -85,6 +86,6 @@ def show_page(args: argparse.Namespace, listener: socket.socket, folder: Path) -
         print("Anyone who reaches this page can use it.", file=sys.stderr)
     try:
         hosts = allowed_hosts(args.host, args.allowed_host)
-        PageServer(page, listener, args.max_file_mb * _MEGABYTE, hosts).run([listener])
+        PageServer(page, listener, args.max_file_mb * _MEGABYTE, hosts, visitors).run([listener])
     finally:
         events.close()

@@ -104,7 +104,30 @@ class Batcher:
         """Answers jobs together; should that fail before they have tokens, one by one, so that only one fails."""
         if not jobs:
             return
-        rows = [
+        for job in jobs:
+            job.is_started = True
+        start = time.monotonic()
+        rows: list[Row] = []
+        try:
+            rows = self._rows(jobs)
+            self._generate(jobs, rows)
+        except Exception as error:
+            logger.exception("a batch of %d failed", len(jobs))
+            if len(jobs) > 1 and not any(row.num_tokens for row in rows):
+                for job in jobs:
+                    self._answer([job])
+                return
+            done = [job for job, row in zip(jobs, rows, strict=False) if row.is_done]
+            for job in jobs:
+                if job not in done:
+                    job.on_event(error)
+            return
+        self.seconds = time.monotonic() - start
+        num_tokens = sum(row.num_tokens for row in rows)
+        logger.info("answered a batch of %d: %d tokens in %.2f s", len(jobs), num_tokens, self.seconds)
+
+    def _rows(self, jobs: list[Job]) -> list[Row]:
+        return [
             Row(
                 job.settings,
                 self.processor,
@@ -115,24 +138,6 @@ class Batcher:
             )
             for job in jobs
         ]
-        for job in jobs:
-            job.is_started = True
-        start = time.monotonic()
-        try:
-            self._generate(jobs, rows)
-        except Exception as error:
-            logger.exception("a batch of %d failed", len(jobs))
-            if len(jobs) > 1 and not any(row.num_tokens for row in rows):
-                for job in jobs:
-                    self._answer([job])
-                return
-            for job, row in zip(jobs, rows, strict=True):
-                if not row.is_done:
-                    job.on_event(error)
-            return
-        self.seconds = time.monotonic() - start
-        num_tokens = sum(row.num_tokens for row in rows)
-        logger.info("answered a batch of %d: %d tokens in %.2f s", len(jobs), num_tokens, self.seconds)
 
     def _generate(self, jobs: list[Job], rows: list[Row]) -> None:
         inputs: dict[str, Any] = join_prompts(self.processor.tokenizer, [job.inputs for job in jobs])

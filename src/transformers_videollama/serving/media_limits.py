@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from ..media import MediaError, OpenedMedia
+from ..media import MediaError, OpenedMedia, check_time
 from .errors import RequestError
 
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -32,7 +32,7 @@ def check_media(kind: str, path: Path, max_seconds: float) -> None:
 
     Raises:
         RequestError: 413 if it is longer, or has more pixels or samples than any real one.
-        MediaError: if it cannot be opened, or is an image of another kind.
+        MediaError: if it cannot be opened, is an image of another kind, or takes longer than a [`time_limit`].
     """
     if kind == "image":
         _check_image(path)
@@ -70,6 +70,7 @@ def _check_container(container: Any, max_seconds: float) -> None:
     seconds_of_sound: dict[int, float] = defaultdict(float)
     packets = container.demux(*container.streams.video, *container.streams.audio)
     while True:
+        check_time(container)
         try:
             packet = next(packets)
         except (StopIteration, av.error.FFmpegError):  # the rest is not read by whoever decodes it either

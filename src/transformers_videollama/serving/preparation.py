@@ -15,7 +15,7 @@ from ..media import MediaError, time_limit
 from ..processing_video_llama import VideoLlamaProcessor
 from .chat_request import ChatRequest
 from .errors import RequestError
-from .fetching import Fetcher, FetchRules
+from .fetching import Cancelled, Fetcher, FetchRules
 from .media_limits import check_media
 
 
@@ -104,12 +104,15 @@ class Preparation:
                     return entry
                 path = fetcher.fetch(entry["url"])
                 names[str(path)] = f"The {entry['type']} of {entry['url']:.100}"
-                check_media(entry["type"], path, self.max_seconds)
                 return {"type": entry["type"], "path": str(path)}
 
             try:
                 chat = [{**message, "content": [read_entry(e) for e in message["content"]]} for message in messages]
                 with time_limit(self.max_decoding_seconds):
+                    for entry in (entry for message in chat for entry in message["content"] if "path" in entry):
+                        if is_cancelled():
+                            raise Cancelled
+                        check_media(entry["type"], Path(entry["path"]), self.max_seconds)
                     inputs = self._local.processor.apply_chat_template(
                         chat,
                         add_generation_prompt=True,

@@ -95,8 +95,8 @@ class PageEvents:
         if visitor.medium == medium:
             return (gr.skip(),) * 4
         try:
-            check_media(kind, medium.path, self.max_seconds)
             with time_limit(DECODING_SECONDS):
+                check_media(kind, medium.path, self.max_seconds)
                 view = self._view(medium)
         except (RequestError, ValueError, OSError) as error:  # a MediaError is a ValueError
             self.visitors.give(visitor, None)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio_client.utils import is_http_url_like
 
 from .events import PageEvents
 
@@ -47,6 +50,13 @@ document.addEventListener("error", (event) => {
 </script>
 """
 _DAY = 24 * 60 * 60
+
+
+async def _take_upload(take: Callable[[Any], Awaitable[str | None]], path: str | Path | None) -> str | None:
+    """Gradio's method `take`, which would fetch any address that an event names, too, however large the file."""
+    if path is not None and is_http_url_like(str(path)):
+        raise gr.Error("Files are uploaded, not fetched from an address.")
+    return await take(path)
 
 
 def make_page(
@@ -163,4 +173,7 @@ def make_page(
         for event in (forget.click, chatbot.clear):
             event(events.forget_chat, None, ended, **quick)
         page.unload(events.leave)
+    for block in page.blocks.values():
+        take = partial(_take_upload, block.async_move_resource_to_block_cache)
+        block.async_move_resource_to_block_cache = take
     return page.queue(max_size=64)

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from .page import CSS, HEAD, THEME
+from .visitors import Visitors
 
 # A page that talks about somebody's video has no reason to load anything from elsewhere
 _POLICY = (
@@ -23,6 +24,7 @@ _POLICY = (
 _FILE = "/gradio_api/file="
 _FETCHING = (f"{_FILE}http:", f"{_FILE}https:", "/gradio_api/proxy=")
 _STREAM = "/gradio_api/queue/data"
+_UPLOAD = "/gradio_api/upload"
 _HEADERS = [
     (b"content-security-policy", _POLICY.encode()),
     (b"referrer-policy", b"same-origin"),
@@ -39,9 +41,17 @@ class PageServer(uvicorn.Server):
         listener (`socket.socket`): Is bound to the address.
         max_bytes (`int`): The largest upload.
         allowed_hosts (`Sequence[str]`): The hosts that requests may name. Gradio itself answers any.
+        visitors ([`Visitors`]): Whose uploads these are.
     """
 
-    def __init__(self, page: gr.Blocks, listener: socket.socket, max_bytes: int, allowed_hosts: Sequence[str]):
+    def __init__(
+        self,
+        page: gr.Blocks,
+        listener: socket.socket,
+        max_bytes: int,
+        allowed_hosts: Sequence[str],
+        visitors: Visitors,
+    ):
         host, port = listener.getsockname()[:2]
         app = gr.mount_gradio_app(
             FastAPI(openapi_url=None),
@@ -62,7 +72,7 @@ class PageServer(uvicorn.Server):
             head=HEAD,
         )
         self._stop_event = app.routes[-1].app.stop_event
-        self._guard = _Guard(_OpenStreams(app))
+        self._guard = _Guard(_OpenStreams(app), visitors)
         guarded = TrustedHostMiddleware(self._guard, allowed_hosts, www_redirect=False)
         super().__init__(
             uvicorn.Config(guarded, log_level="error", ws="none", server_header=False, timeout_graceful_shutdown=5)
@@ -81,12 +91,14 @@ class PageServer(uvicorn.Server):
 
 class _Guard:
     """
-    Adds headers to each response, refuses to fetch other servers' files, which Gradio would do for anyone, and ends
-    the responses that are under way when the server does, or whose file is removed because its visitor has left.
+    Adds headers to each response, refuses to fetch other servers' files, which Gradio would do for anyone, removes
+    what was uploaded and never opened before the next upload, and ends the responses that are under way when the
+    server does, or whose file is removed because its visitor has left.
     """
 
-    def __init__(self, app: Any):
+    def __init__(self, app: Any, visitors: Visitors):
         self.app = app
+        self.visitors = visitors
         self._responding: set[asyncio.Task[Any]] = set()
         self._is_ending = False
 
@@ -111,6 +123,8 @@ class _Guard:
         if scope["path"].lower().startswith(_FETCHING):
             await refuse(404)
             return
+        if scope["path"] == _UPLOAD:
+            self.visitors.remove_forgotten()
         task = asyncio.current_task()
         assert task is not None
         self._responding.add(task)

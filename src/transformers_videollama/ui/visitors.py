@@ -7,6 +7,7 @@ it: it is removed when the last one of them is done with it.
 from __future__ import annotations
 
 import shutil
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,9 @@ from threading import Event, Lock
 from typing import Any
 
 from ..conversation import Conversation
+
+PATIENCE = 600
+"""Seconds after which a file that was uploaded, and that no visitor has opened, is removed."""
 
 
 @dataclass
@@ -118,6 +122,14 @@ class Visitors:
                 folder = path.resolve().parent
                 if folder.parent == self.uploads:
                     shutil.rmtree(folder, ignore_errors=True)  # it may be gone by Gradio's own hand
+
+    def remove_forgotten(self) -> None:
+        """Removes files that were uploaded a while ago and that no visitor has opened."""
+        with self._lock:
+            used = {path.resolve().parent for path, number in self._uses.items() if number > 0}
+            for folder in self.uploads.glob("*"):
+                if folder not in used and folder.is_dir() and time.time() - folder.stat().st_mtime > PATIENCE:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def leave(self, session_hash: str) -> None:
         """Forgets a visitor and all that was uploaded."""
