@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     train(
         ["--model", args.model, "--output_dir", args.output, "--resume_from_checkpoint", "last",
          "--datasets", json.dumps([{"format": "chat", "annotations": args.annotations}]), "--text_format", "chat",
-         "--branch", "video", "--lora_r", str(args.rank), "--max_steps", str(args.steps), *settings]
+         "--branch", "video", "--lora_r", str(args.rank), "--max_steps", str(args.steps),
+         "--save_steps", str(max(args.steps // 10, 1)), "--save_total_limit", "2", *settings]
     )  # fmt: skip
     if args.ask:
         print("after:", ask(args.model, args.output, *args.ask))

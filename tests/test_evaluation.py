@@ -76,6 +76,9 @@ def test_tgif_qa_as_a_table(tmp_path: Path) -> None:
     table = "gif_name\tquestion\tanswer\tvid_id\tkey\ntumblr_nk\twhat is in hand?\tphone\tFRAMEQA1\t7\n"
     (item,) = read("tgif-qa", write(tmp_path / "Test_frameqa_question.csv", table))
     assert item.medium == Medium(("tumblr_nk",)) and item.references == ("phone",)
+    typed = table.replace("\tkey", "\tkey\ttype").replace("\t7\n", "\t7\t0\n")
+    (item,) = read("tgif-qa", write(tmp_path / "typed.csv", typed))
+    assert item.group == "what"  # the numbers are not those of ActivityNet-QA
 
 
 def test_mvbench_reads_tasks_with_and_without_bounds(tmp_path: Path) -> None:
@@ -137,6 +140,17 @@ def test_wrong_files_are_named(benchmark: str, name: str, content: Any, message:
     assert message in str(raised.value) and name in str(raised.value)
 
 
+def test_an_object_probe_is_made_of_questions(tmp_path: Path) -> None:
+    asked = [("a", "what does the man hold?", "cat"), ("b", "who is it?", "woman"), ("c", "where?", "bed")]
+    table = "gif_name\tquestion\tanswer\n" + "".join("\t".join(row) + "\n" for row in asked)
+    rows = [{"video_id": v, "question": q, "answer": a, "id": n} for n, (v, q, a) in enumerate(asked)]
+    (tmp_path / "frameqa.csv").write_text(table)
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "questions.json").write_text(json.dumps(rows))
+    probes = [read("object-probe", tmp_path / name) for name in ("frameqa.csv", "questions.jsonl", "questions.json")]
+    assert probes[0] == probes[1] == probes[2] and probes[0]
+
+
 def test_media_are_found_wherever_they_are(tmp_path: Path) -> None:
     for name in ("a/x.mp4", "b/x.avi", "b/deep/v_1.5_b.webm", "frames/clip/00001.jpg", "n.txt"):
         write(tmp_path / "media" / name, "")
@@ -147,6 +161,9 @@ def test_media_are_found_wherever_they_are(tmp_path: Path) -> None:
     assert files.find(["no", "b/x.mp4"]).name == "x.avi"  # the ending may be another one
     with pytest.raises(MediaError, match="x may be a/x.mp4 or b/x.avi"):
         files.find(["x"])
+    write(tmp_path / "media" / "thumb" / "v.mkv", ""), write(tmp_path / "media" / "thumb" / "v.jpg", "")
+    files = MediaFiles(tmp_path / "media")
+    assert (files.find(["v"]).name, files.find(["v"], "image").name) == ("v.mkv", "v.jpg")
     for name in ("n", "../outside", str(tmp_path / "outside.mp4")):
         with pytest.raises(MediaError, match="There is no"):
             files.find([name])
@@ -168,6 +185,10 @@ def test_media_are_found_wherever_they_are(tmp_path: Path) -> None:
         ("{'pred': 'yes', 'score': True}", None),
         ("{'pred': 'yes', 'score': __import__('os').getpid()}", None),
         ("yes, 4", None),
+        (
+            "<think>As in {'pred': 'yes', 'score': 4}?" + " Hm." * 9000 + "</think>{'pred': 'no', 'score': 0}",
+            (False, 0.0),
+        ),
     ],
 )
 def test_a_verdict_is_read_and_never_executed(reply: str, verdict: tuple[bool, float] | None) -> None:
@@ -190,6 +211,20 @@ def test_a_verdict_is_read_and_never_executed(reply: str, verdict: tuple[bool, f
 )
 def test_which_option_an_answer_chooses(answer: str, option: str | None) -> None:
     assert chosen_option(answer, Item("1", "?", candidates=("Sit.", "Run."))) == option
+
+
+@pytest.mark.parametrize(
+    "answer, candidates, option",
+    [
+        ("I do not know", ("Yes", "No"), None),
+        ("It moved 13 times", ("3", "5", "7"), None),
+        ("It moved 3 times", ("3", "5", "7"), "3"),
+        ("not sure", ("yes", "sure", "not sure"), "not sure"),
+        ("It is C++.", ("C++", "C"), "C++"),
+    ],
+)
+def test_an_option_is_repeated_as_whole_words(answer: str, candidates: tuple[str, ...], option: str | None) -> None:
+    assert chosen_option(answer, Item("1", "?", candidates=candidates)) == option
 
 
 def test_yes_and_no_are_read_as_by_pope() -> None:

@@ -303,6 +303,21 @@ def test_a_judge_is_asked_once_and_its_verdicts_are_kept(
     assert len(judge_log.read_text().splitlines()) == len(requests) + missing
 
 
+def test_a_judge_that_refuses_some_answers_judges_the_others(
+    evaluate: Evaluate, judge_url: str, judge_log: Path
+) -> None:
+    """As servers do that filter contents; and it takes no temperature, as those that think do."""
+    rows = [question(1, 1, "forbidden"), question(2, 1), question(3, 2), question(4, 2)]
+    options = ["--judge", "thinker", "--judge-base-url", judge_url]
+    results = evaluate("msvd-qa", rows, *options)
+    assert results["judge"]["unreadable"] == 1 and "accuracy by judge" in values(results)
+    requests = len(judge_log.read_text().splitlines())
+    assert evaluate("msvd-qa", rows, *options) == results
+    assert len(judge_log.read_text().splitlines()) == requests
+    assert evaluate("msvd-qa", rows, *options, "--retry-errors") == results
+    assert len(judge_log.read_text().splitlines()) > requests
+
+
 def test_a_judge_that_fails_is_one_line(
     tiny_folder: Path, media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -97,7 +97,9 @@ def test_the_base_model_fits_it_too(tmp_path: Path) -> None:
     assert load_file(tmp_path / WEIGHTS).keys() == load_file(tmp_path / "again" / WEIGHTS).keys()
 
 
-def test_it_names_the_frozen_parts_and_loads_with_them_in_one_call(tmp_path: Path) -> None:
+def test_it_names_the_frozen_parts_and_loads_with_them_in_one_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_model(0).save_pretrained(tmp_path / "base")
     model = VideoLlamaForConditionalGeneration.from_pretrained(tmp_path / "base")
     with torch.no_grad():
@@ -106,6 +108,10 @@ def test_it_names_the_frozen_parts_and_loads_with_them_in_one_call(tmp_path: Pat
     save_trained_part(model, tmp_path / "part", parts=["video_branch"])
     description = json.loads((tmp_path / "part" / DESCRIPTION).read_text())
     assert description["base_model"] == str(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    save_trained_part(model, "part", parts=["video_branch"], base_model="base")
+    monkeypatch.chdir("/")  # where "base" is nothing
+    assert json.loads((tmp_path / "part" / DESCRIPTION).read_text()) == description
     assert set(description["frozen_parts"]) == {"vision_tower", "qformer", "language_model"}
     assert same(from_trained_part(tmp_path / "part"), model)
 

@@ -227,6 +227,21 @@ def test_a_run_falls_back_to_the_checkpoint_before_a_damaged_one(tmp_path: Path)
         assert find_damage(tmp_path / "whole" / f"checkpoint-{step}") is None
 
 
+def test_going_on_from_an_older_checkpoint_leaves_the_newer_ones_behind(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 2, "data": tmp_path}
+    run = tmp_path / "run"
+    make_trainer(run, max_steps=6, **settings).train()
+    again = make_trainer(run, max_steps=4, **settings)
+    again.train(resume_from_checkpoint=run / "checkpoint-2")
+    assert find_last_checkpoint(run) == run / "checkpoint-4"
+    assert find_damage(run / "abandoned-checkpoint-6") is None
+    make_trainer(run, max_steps=6, **settings).train(resume_from_checkpoint="last")
+    make_trainer(run, max_steps=6, **settings).train(resume_from_checkpoint=run / "checkpoint-4")
+    assert {path.name for path in run.glob("abandoned-*")} == {
+        "abandoned-checkpoint-4", "abandoned-checkpoint-6", "abandoned-checkpoint-61",
+    }  # fmt: skip
+
+
 def test_samples_grouped_by_length_come_in_the_same_order_when_resumed(tmp_path: Path) -> None:
     settings = {
         "train_sampling_strategy": "group_by_length",

@@ -2,6 +2,8 @@
 behind."""
 
 import json
+import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from local_hub import LocalHub
 from media_files import write_media
 from safetensors.torch import load_file
 from test_remote_code import SOURCE
+from transformers.testing_utils import CaptureLogger
 
 from transformers_videollama import (
     VideoLlamaForConditionalGeneration,
@@ -38,7 +41,9 @@ PUBLISHED = {
 def test_the_files_hold_the_published_settings(stage: str, tmp_path: Path) -> None:
     branch, captions, steps, batch, peak, minimum, warmup = PUBLISHED[stage]
     flags = ["--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
-    model, data, training = parse_arguments([str(EXAMPLES / f"{stage}.yaml"), *flags])
+    file = tmp_path / "filled_in.yaml"
+    file.write_text(re.sub("<[^<>]+>", "mine", (EXAMPLES / f"{stage}.yaml").read_text()))
+    model, data, training = parse_arguments([str(file), *flags])
     assert model.branch == branch and model.lora_r == 0
     assert (model.trained_part is None) == captions
     assert (data.text_format, data.sampling) == (("caption", "headtail") if captions else ("chat", "uniform"))
@@ -88,6 +93,36 @@ def test_no_file_is_needed(tmp_path: Path) -> None:
     datasets = json.dumps([{"format": "chat", "annotations": "chat.jsonl"}])
     model, _, training = parse_arguments(["--model", "m", "--datasets", datasets, "--output_dir", str(tmp_path)])
     assert model.model == "m" and training.learning_rate == 1e-4
+
+
+def test_the_cosine_ends_at_a_share_of_any_peak(config: Path) -> None:
+    training = parse_arguments([str(config), "--learning_rate", "1e-5"])[2]
+    assert training.min_learning_rate == pytest.approx(8e-6)
+    with pytest.raises(ValueError, match="`min_learning_rate` is 1e-05, above the peak, `learning_rate`, of 5e-06"):
+        parse_arguments([str(config), "--learning_rate", "5e-6", "--min_learning_rate", "1e-5"])
+
+
+def test_a_warm_up_that_does_not_end_is_warned_of(config: Path) -> None:
+    logger = logging.getLogger("transformers_videollama.training.arguments")
+    with CaptureLogger(logger) as captured:
+        parse_arguments([str(config), "--warmup_steps", "5"])
+    assert "never reaches its peak" in captured.out
+    with CaptureLogger(logger) as captured:
+        parse_arguments([str(config), "--warmup_steps", "4"])
+    assert not captured.out
+
+
+def test_what_is_left_to_be_filled_in_is_asked_for() -> None:
+    file = str(EXAMPLES / "video_stage2.yaml")
+    data = '[{"format": "chat", "annotations": "train.jsonl"}]'
+    with pytest.raises(ValueError, match="`model` is still to be filled in, there or by `--model`: it is '<folder"):
+        parse_arguments([file, "--trained_part", "none", "--datasets", data])
+    with pytest.raises(ValueError, match="`trained_part` is still to be filled in"):
+        parse_arguments([file, "--model", "m", "--datasets", data])
+    with pytest.raises(ValueError, match="`datasets` is still to be filled in"):
+        parse_arguments([file, "--model", "m", "--trained_part", "none"])
+    model = parse_arguments([file, "--model", "m", "--trained_part", "none", "--datasets", data, "--bf16", "false"])[0]
+    assert model.trained_part is None
 
 
 @pytest.mark.parametrize(
@@ -315,6 +350,27 @@ def test_an_adapter_is_merged(tiny_folder: Path, data: Path, tmp_path: Path) -> 
         adapted = from_trained_part(tmp_path / "run")(**batch).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(adapted, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_run_begins_with_is_merged_too(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    """Or else the audio branch, trained beside one video branch, would come with another one."""
+    main(arguments(2, tiny_folder, data, tmp_path / "video", learning_rate=1e-2))
+    settings = {"branch": "audio", "trained_part": tmp_path / "video", "merge": True, "learning_rate": 1e-2}
+    main(arguments(2, tiny_folder, data, tmp_path / "audio", **settings))
+    merged = VideoLlamaForConditionalGeneration.from_pretrained(tmp_path / "audio" / "merged")
+    for branch in ("video", "audio"):
+        for name, tensor in load_file(tmp_path / branch / "trained_part.safetensors").items():
+            assert name.startswith(branch) and torch.equal(merged.get_parameter(f"model.{name}"), tensor)
+
+
+def test_an_adapter_is_not_left_behind(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
+    main(arguments(2, tiny_folder, data, tmp_path / "1", lora_r=2, learning_rate=1e-2))
+    with pytest.raises(ValueError, match="1 holds an adapter beside its branches: give `--lora_r`"):
+        main(arguments(2, tiny_folder, data, tmp_path / "2", trained_part=tmp_path / "1"))
+    settings = {"trained_part": tmp_path / "1", "lora_r": 2, "max_steps": 1, "learning_rate": 0}
+    main(arguments(2, tiny_folder, data, tmp_path / "2", **settings))
+    first, second = (load_file(tmp_path / run / "adapter_model.safetensors") for run in "12")
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_folder_with_files_is_not_overwritten(tiny_folder: Path, data: Path, tmp_path: Path) -> None:

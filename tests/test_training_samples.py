@@ -132,6 +132,13 @@ def test_what_is_no_caption_is_refused_with_its_row(folder, turns, reason):
 # Chats
 
 
+def test_a_chat_without_an_answer_is_refused(folder):
+    builder = SampleBuilder(make_processor("plain"))
+    with pytest.raises(SampleError, match=r"data.jsonl:7: its answers have no words"):
+        build(builder, row([("image", folder / "image.png"), "what?"], [" "]))
+    build(builder, row([("image", folder / "image.png"), "what?"], [""], ["and?"], ["this"]))
+
+
 @pytest.mark.parametrize("template", [*TEMPLATES, "chatml"])
 @pytest.mark.parametrize("tokenizer", ["llama", "byte level"])
 def test_learned_are_the_answers_and_their_end_marks(folder, template, tokenizer):

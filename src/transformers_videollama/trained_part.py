@@ -88,9 +88,12 @@ def save_trained_part(
         **({"audio_tower": "ImageBind-Huge, CC-BY-NC 4.0"} if "audio_branch" in parts else {}),
         "language_model": f"{decoder_name}, {decoder_terms}",
     }
+    base_model = base_model or model.config._name_or_path or None
+    if base_model is not None and os.path.isdir(base_model):
+        base_model = os.path.abspath(base_model)  # so that it is found from elsewhere
     description = {
         "parts": list(parts),
-        "base_model": base_model or model.config._name_or_path or None,
+        "base_model": base_model,
         "base_revision": base_revision,
         "frozen_parts": {name: terms for name, terms in frozen.items() if name not in parts},
         "sizes": _sizes(model.config, parts),
@@ -98,8 +101,7 @@ def save_trained_part(
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / WEIGHTS_NAME, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    text = json.dumps(description, indent=2) + "\n"
-    _replace(folder / DESCRIPTION_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    _write_description(folder, description)
     return folder
 
 
@@ -220,7 +222,8 @@ def push_trained_part_to_hub(
                 f"{repo_id} names {base_model or 'nothing'} as the model with its frozen parts, which others do not "
                 "have: name one on the Hub as `base_model=…`."
             )
-            base_model = None
+            base_model = description["base_model"] = None
+            _write_description(directory, description)
         if processor is not None:
             processor.save_pretrained(directory)
         if not api.file_exists(repo_id, "README.md", revision=revision):
@@ -326,6 +329,11 @@ def _read_description(path_or_repo_id: str | os.PathLike, **kwargs: Any) -> dict
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: it was not written by `save_trained_part`.")
     return description
+
+
+def _write_description(directory: str | os.PathLike, description: dict[str, Any]) -> None:
+    text = json.dumps(description, indent=2) + "\n"
+    _replace(Path(directory) / DESCRIPTION_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _replace(path: Path, write: Any) -> None:

@@ -219,7 +219,7 @@ def answer_missing(
             try:
                 encoded = None
                 if medium is not None and files is not None and encoder is not None:
-                    encoded = encoder.encode(files.find(medium.names), medium)
+                    encoded = encoder.encode(files.find(medium.names, medium.kind), medium)
             except (MediaError, OSError, ValueError) as error:
                 records = [{"error": str(error)}] * len(batch)
             else:

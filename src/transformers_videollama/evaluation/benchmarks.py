@@ -16,7 +16,7 @@ from .object_probe import COCO_OBJECTS, make_probe
 from .pope import read_pope, score_pope
 from .qa_metrics import score_answers
 from .scores import Score
-from .video_qa import activitynet_names, as_named, msrvtt_names, read_video_qa
+from .video_qa import ACTIVITYNET_TYPES, activitynet_names, as_named, msrvtt_names, read_video_qa
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class Benchmark:
     read: Callable[[Sources], list[Item]]
 
 
-def _read_qa(video_names: Callable[[str], tuple[str, ...]], sources: Sources) -> list[Item]:
-    return read_video_qa(sources.files, video_names)
+def _read_qa(video_names: Callable[[str], tuple[str, ...]], sources: Sources, types: Sequence[str] = ()) -> list[Item]:
+    return read_video_qa(sources.files, video_names, types)
 
 
 def _read_msvd_qa(sources: Sources) -> list[Item]:
@@ -79,10 +79,7 @@ def _read_object_probe(sources: Sources) -> list[Item]:
     mapping = sources.read_mapping()
     texts: dict[str, list[str]] = {}
     names: dict[str, tuple[str, ...]] = {}
-    if (
-        sources.files[0].suffix.lower() == ".json"
-        and sources.files[0].read_text(encoding="utf-8-sig").lstrip()[:1] == "["
-    ):
+    if _are_questions(sources.files[0]):
         for item in read_video_qa(sources.files, partial(_any_names, mapping)):
             names[item.medium.names[0]] = item.medium.names
             said = [] if item.references[0].lower() in ("yes", "no") else [item.question, item.references[0]]
@@ -105,6 +102,16 @@ def _read_object_probe(sources: Sources) -> list[Item]:
         )
         for row in rows
     ]
+
+
+def _are_questions(path: Path) -> bool:
+    """Whether a file holds questions, as [`read_video_qa`] reads them, and not captions."""
+    ending = path.suffix.lower()
+    with path.open(encoding="utf-8-sig") as file:
+        start = file.read(4096).lstrip()
+    if ending in (".csv", ".tsv"):
+        return "question" in start.partition("\n")[0].lower()
+    return ending == ".jsonl" or (ending == ".json" and start[:1] == "[")
 
 
 def _any_names(mapping: dict[str, str], video: str) -> tuple[str, ...]:
@@ -143,7 +150,9 @@ BENCHMARKS: dict[str, Benchmark] = {
         _read_msvd_qa,
     ),
     "msrvtt-qa": Benchmark("test_qa.json", "questions", partial(_read_qa, msrvtt_names)),
-    "activitynet-qa": Benchmark("test_q.json test_a.json", "questions", partial(_read_qa, activitynet_names)),
+    "activitynet-qa": Benchmark(
+        "test_q.json test_a.json", "questions", partial(_read_qa, activitynet_names, types=ACTIVITYNET_TYPES)
+    ),
     "tgif-qa": Benchmark(
         "Test_frameqa_question.csv, or test_q.json test_a.json", "questions", partial(_read_qa, as_named)
     ),

@@ -43,7 +43,8 @@ def read_verdict(reply: str) -> tuple[bool, float] | None:
 
     The dictionary may stand in other text; it is read as a literal, and nothing in it is executed.
     """
-    for text in re.findall(r"\{[^{}]*\}", reply[:_MAX_REPLY_LENGTH]):
+    # The last one, because some think aloud first, and repeat what they were told
+    for text in reversed(re.findall(r"\{[^{}]*\}", reply[-_MAX_REPLY_LENGTH:])):
         for read in (ast.literal_eval, json.loads):
             try:
                 verdict = read(text)
@@ -93,6 +94,7 @@ class Judge:
         self.model = model
         self.cache = cache
         self.workers = workers
+        self._settings: dict[str, Any] = {"temperature": 0}
         cut_unfinished_line(cache)
         replies: dict[str, dict[str, Any]] = {row["key"]: row for row in read_lines(cache)}
         if retry_errors:
@@ -106,10 +108,11 @@ class Judge:
 
     def judge(self, items: Sequence[Item], answers: Sequence[str]) -> list[tuple[bool, float] | None]:
         """
-        The verdicts about answers; None where the judge's reply could not be read.
+        The verdicts about answers; None where the judge's reply could not be read, or where its server refused to have
+        this one judged, as those that filter contents do.
 
         Raises:
-            OSError: the server cannot be reached or refuses, after several tries. What was judged is kept.
+            OSError: the server cannot be reached or refuses all, after several tries. What was judged is kept.
         """
         import openai
         from tqdm import tqdm
@@ -118,21 +121,39 @@ class Judge:
         keys = [self._key(chat) for chat in chats]
         missing = {key: (chat, item) for key, chat, item in zip(keys, chats, items, strict=True)}
         missing = {key: value for key, value in missing.items() if key not in self._replies}
+        failure: BaseException | None = None
+        refused: list[dict[str, Any]] = []
         with ThreadPoolExecutor(self.workers) as pool:
             futures = {pool.submit(self._ask, chat): (key, item) for key, (chat, item) in missing.items()}
             try:
                 for future in tqdm(as_completed(futures), total=len(futures), desc="judging", unit="answer"):
                     key, item = futures[future]
-                    row = {"key": key, "id": item.id, "judge": self.model, **future.result()}
-                    append_lines(self.cache, [row])
-                    self._replies[key] = row
-            except openai.OpenAIError as error:
-                raise OSError(
-                    f"The judge at {self.base_url} failed: {error}. What it has judged is kept in {self.cache}; run "
-                    "the command again to go on."
-                ) from error
+                    error = None if future.cancelled() else future.exception()
+                    if isinstance(error, (openai.BadRequestError, openai.UnprocessableEntityError)):
+                        row = {"reply": "", "model": "", "error": str(error)}
+                        refused.append({"key": key, "id": item.id, "judge": self.model, **row})
+                    elif error is not None:
+                        failure = failure or error
+                        for other in futures:  # those that are being asked are still waited for
+                            other.cancel()
+                    elif not future.cancelled():
+                        row = {"key": key, "id": item.id, "judge": self.model, **future.result()}
+                        append_lines(self.cache, [row])
+                        self._replies[key] = row
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
+        if refused and not any(row["judge"] == self.model and row["reply"] for row in self._replies.values()):
+            failure = failure or OSError(refused[0]["error"])  # it is not the answers that it does not like
+        elif refused:
+            append_lines(self.cache, refused)
+            self._replies |= {row["key"]: row for row in refused}
+        if failure is not None and not isinstance(failure, (openai.OpenAIError, OSError)):
+            raise failure
+        if failure is not None:
+            raise OSError(
+                f"The judge at {self.base_url} failed: {failure}. What it has judged is kept in {self.cache}; run "
+                "the command again to go on."
+            ) from failure
         return [read_verdict(self._replies[key]["reply"]) for key in keys]
 
     def _chat(self, item: Item, answer: str) -> list[dict[str, str]]:
@@ -144,8 +165,17 @@ class Judge:
 
     def _ask(self, chat: list[dict[str, str]]) -> dict[str, str]:
         """The reply and which model gave it; asked again if it cannot be read."""
+        import openai
+
         for _ in range(NUM_TRIES):
-            done = self._client.chat.completions.create(model=self.model, messages=chat, temperature=0)
+            settings = self._settings
+            try:
+                done = self._client.chat.completions.create(model=self.model, messages=chat, **settings)
+            except openai.BadRequestError as error:
+                if not settings or "temperature" not in str(error):
+                    raise
+                self._settings = {}  # some judges have a temperature of their own and take no other
+                done = self._client.chat.completions.create(model=self.model, messages=chat)
             reply = (done.choices[0].message.content or "") if done.choices else ""
             if read_verdict(reply) is not None:
                 break

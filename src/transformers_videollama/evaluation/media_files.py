@@ -40,18 +40,20 @@ class MediaFiles:
                     for key in {name, stem}:
                         self._known[key].append(here / name)
 
-    def find(self, names: Iterable[str]) -> Path:
+    def find(self, names: Iterable[str], kind: str = "video") -> Path:
         """
         The file or folder of frames that has one of some names.
 
         Args:
             names (`Iterable[str]`):
                 Names with or without ending; what stands before a slash has to be the folder that the file is in.
+            kind (`str`, defaults to `"video"`): Or `"image"`; what is preferred where a video and a picture fit.
 
         Raises:
             MediaError: there is none, or several that fit equally.
         """
         names = tuple(names)
+        others = IMAGE_ENDINGS if kind == "video" else VIDEO_ENDINGS
         for name in names:
             wanted = PurePosixPath(name)
             stem, ending = os.path.splitext(wanted.name)
@@ -66,5 +68,5 @@ class MediaFiles:
                 if len({path.parent for path in found}) > 1:
                     raise MediaError(f"{name} may be {' or '.join(map(str, sorted(found)[:3]))} in {self.root}.")
                 if found:
-                    return self.root / min(found)
+                    return self.root / min(found, key=lambda path: (path.suffix.lower() in others, path))
         raise MediaError(f"There is no {' or '.join(names)} in {self.root}.")

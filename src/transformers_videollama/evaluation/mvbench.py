@@ -105,7 +105,10 @@ def chosen_option(answer: str, item: Item) -> str | None:
     start = re.match(r"\W*([A-Za-z])(?=[).:,\]]|\s*$|\s*\n)", answer)  # and no article
     if start and start[1].upper() in letters(item):
         return item.candidates[letters(item).index(start[1].upper())]
-    repeated = [option for option in item.candidates if option.lower().rstrip(".") in answer.lower()]
+    options = {option: option.lower().rstrip(".") for option in item.candidates}
+    repeated = [o for o, text in options.items() if re.search(rf"(?<!\w){re.escape(text)}(?!\w)", answer.lower())]
+    # "not sure" repeats no "sure"
+    repeated = [o for o in repeated if not any(o != p and options[o] in options[p] for p in repeated)]
     return repeated[0] if len(repeated) == 1 else None
 
 

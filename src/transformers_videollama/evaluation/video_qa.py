@@ -29,7 +29,9 @@ ACTIVITYNET_TYPES = (
 _QUESTION_WORDS = ("what", "who", "how", "when", "where")
 
 
-def read_video_qa(files: Sequence[Path], video_names: Callable[[str], tuple[str, ...]]) -> list[Item]:
+def read_video_qa(
+    files: Sequence[Path], video_names: Callable[[str], tuple[str, ...]], types: Sequence[str] = ()
+) -> list[Item]:
     """
     The questions of a benchmark.
 
@@ -37,9 +39,10 @@ def read_video_qa(files: Sequence[Path], video_names: Callable[[str], tuple[str,
         files (`Sequence[Path]`):
             Its files. Beside a file of questions called `…_q.json` the answers in `…_a.json` need not be named.
         video_names (`Callable[[str], tuple[str, ...]]`): What the file of a video may be called.
+        types (`Sequence[str]`): What the types 0, 1, … of the questions are, if the benchmark has types.
 
     Returns:
-        `list[Item]`, whose group is the type of ActivityNet-QA or the question's first word.
+        `list[Item]`, whose group is the type or the question's first word.
 
     Raises:
         ValueError: a file is of none of the known forms, or a multiple choice, or a question has no answer.
@@ -74,7 +77,7 @@ def read_video_qa(files: Sequence[Path], video_names: Callable[[str], tuple[str,
                 question=question,
                 medium=Medium(video_names(video)),
                 references=(str(row["answer"]),),
-                group=_group(question, row.get("type")),
+                group=_group(question, row.get("type"), types),
             )
         )
     return check_items(items, files)
@@ -101,8 +104,8 @@ def _answers_beside(files: Sequence[Path]) -> list[Path]:
     return [path for path in beside if path.is_file() and path not in files]
 
 
-def _group(question: str, type_: object) -> str:
-    if str(type_).isdigit() and int(str(type_)) < len(ACTIVITYNET_TYPES):
-        return ACTIVITYNET_TYPES[int(str(type_))]
+def _group(question: str, type_: object, types: Sequence[str]) -> str:
+    if str(type_).isdigit() and int(str(type_)) < len(types):
+        return types[int(str(type_))]
     first = question.split(maxsplit=1)[0].lower() if question.strip() else ""
     return first if first in _QUESTION_WORDS else "other"

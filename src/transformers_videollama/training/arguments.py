@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +53,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Folder or Hub id of a trained part to start from: for stage 2, the output of stage 1. By "
-            "default the model's own weights."
+            "default, or with `none`, the model's own weights."
         },
     )
     dtype: str | None = field(
@@ -85,6 +86,8 @@ class ModelArguments:
             raise ValueError(
                 "Give the model to train as `--model <folder or Hub id>` or as `model:` in the YAML file."
             )
+        if self.trained_part in ("none", ""):  # on the command line, where a YAML file names one
+            self.trained_part = None
         _check_choice("branch", self.branch, BRANCHES)
         if self.trainable is None:
             self.trainable = [f"{self.branch}_branch"]
@@ -179,7 +182,9 @@ class VideoLlamaTrainingArguments(TrainingArguments):
     """
 
     learning_rate: float = field(default=1e-4, metadata={"help": "The peak learning rate."})
-    min_learning_rate: float = field(default=8e-5, metadata={"help": "What the published cosine ends at."})
+    min_learning_rate: float | None = field(
+        default=None, metadata={"help": "What the published cosine ends at. By default 0.8 of the peak, as published."}
+    )
     warmup_start_learning_rate: float = field(
         default=1e-6, metadata={"help": "What the published warm-up starts at, over `warmup_steps` steps."}
     )
@@ -200,6 +205,21 @@ class VideoLlamaTrainingArguments(TrainingArguments):
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: samples have no columns."})
     hub_strategy: str = field(default="end", metadata={"help": "When the trained part is pushed to the Hub."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.min_learning_rate is None:
+            self.min_learning_rate = 0.8 * self.learning_rate
+        if self.lr_scheduler_type == "cosine" and self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"`min_learning_rate` is {self.min_learning_rate:g}, above the peak, `learning_rate`, of "
+                f"{self.learning_rate:g}: the rate would rise all the time. Give both, or neither."
+            )
+        if 0 < self.max_steps <= self.warmup_steps:
+            logger.warning(
+                f"The warm-up takes `warmup_steps`, {self.warmup_steps:g}, but the training ends after `max_steps`, "
+                f"{self.max_steps}: the learning rate never reaches its peak."
+            )
 
 
 def check_datasets(datasets: Any, field_name: str = "datasets") -> list[dict[str, Any]]:
@@ -261,6 +281,7 @@ def parse_arguments(
     given = vars(parser.parse_args(list(argv)))
     config = given.pop("config")
     values = _read_yaml(Path(config), types) if config is not None else {}
+    _check_is_filled_in(config, {name: value for name, value in values.items() if name not in given})
     model, data, training = parser.parse_dict({**values, **given})
     _check_evaluation(data, training)
     encoders = [part for part in model.trainable if part in ("vision_tower", "qformer")]
@@ -321,6 +342,13 @@ def _read_yaml(path: Path, types: dict[str, Any]) -> dict[str, Any]:
             except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
                 raise ValueError(f"{path}: `{name}` cannot be {value!r}: {error}") from error
     return values
+
+
+def _check_is_filled_in(config: str | None, values: dict[str, Any]) -> None:
+    """Refuses what an example leaves to be filled in, which would be taken for the name of a file or repository."""
+    for name, value in values.items():
+        if re.search(r"<[^<>]+>", json.dumps(value)):
+            raise ValueError(f"{config}: `{name}` is still to be filled in, there or by `--{name}`: it is {value!r}.")
 
 
 def _read_json(name: str, value: Any) -> Any:

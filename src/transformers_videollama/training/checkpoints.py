@@ -6,6 +6,7 @@ damaged later is recognised as well. What a killed process leaves is a hidden fo
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -81,6 +82,23 @@ def find_last_checkpoint(output_dir: Path) -> Path | None:
             return checkpoint
         logger.warning(f"{checkpoint} is passed over, because it is not a complete checkpoint: {damage}.")
     return None
+
+
+def set_aside_later_checkpoints(output_dir: Path, checkpoint: Path) -> None:
+    """
+    Renames those that come after a checkpoint to go on from, if it is one of this folder: what is trained from here on
+    is newer than they are, and the last one is found by its number.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    if checkpoint.resolve() not in [path.resolve() for path in checkpoints]:
+        return
+    for path in reversed(checkpoints):
+        if path.resolve() == checkpoint.resolve():
+            return
+        names = (path.with_name(f"abandoned-{path.name}{number or ''}") for number in itertools.count())
+        name = next(name for name in names if not name.exists())
+        path.rename(name)
+        logger.warning(f"{path} is now {name.name}, because the training goes on from {checkpoint.name}.")
 
 
 def find_damage(checkpoint: Path) -> str | None:

@@ -13,18 +13,24 @@ from typing import Any
 import torch
 from transformers import set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
 from ..modeling_video_llama import VideoLlamaForConditionalGeneration
 from ..processing_video_llama import VideoLlamaProcessor
-from ..trained_part import from_trained_part, load_trained_part
+from ..trained_part import load_trained_part
 from .arguments import DataArguments, ModelArguments, VideoLlamaTrainingArguments, parse_arguments
 from .checkpoints import find_last_checkpoint
 from .collator import VideoLlamaDataCollator
 from .feature_cache import FeatureCache
 from .mixture import Source, TrainDataset, TrainIterableDataset
 from .samples import SampleBuilder
-from .trainer import ADAPTER_CONFIG_NAME, VideoLlamaTrainer, has_adapter, load_adapter_weights
+from .trainer import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    VideoLlamaTrainer,
+    has_adapter,
+    load_adapter_weights,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -62,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> VideoLlamaTrainer:
         trainer.save_metrics("eval", trainer.evaluate(), combined=False)
     trainer.save_state()
     if model_args.merge and trainer.is_world_process_zero():
-        save_merged(args.output_dir, Path(args.output_dir) / "merged", model.config._name_or_path, processor)
+        merged = Path(args.output_dir) / "merged"
+        save_merged(args.output_dir, merged, model.config._name_or_path, processor, model_args.trained_part)
     trainer.accelerator.wait_for_everyone()
     return trainer
 
@@ -132,11 +139,37 @@ def load_model(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if model_args.trained_part is not None:
-        load_trained_part(model, model_args.trained_part)
-        folder = Path(model_args.trained_part)
-        if has_adapter(model) and (folder / ADAPTER_CONFIG_NAME).is_file():
-            load_adapter_weights(model, folder)
+        _load_earlier(model, model_args)
     return model
+
+
+def _load_earlier(model: VideoLlamaForConditionalGeneration, model_args: ModelArguments) -> None:
+    """
+    Loads what an earlier run trained, its adapter included.
+
+    Raises:
+        ValueError: it has an adapter, and the model is to have none.
+    """
+    name = str(model_args.trained_part)
+    trained = model_args.trainable or []
+    others = [part for part in load_trained_part(model, name) if part not in trained]
+    if others:
+        logger.warning(
+            f"{name} holds {', '.join(others)}, too, which this run does not train: the output has what it trains "
+            "alone, and belongs on top of it. `--merge true` writes the whole."
+        )
+    # Of a repository without one, not even its connection is worth an error
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    adapter = cached_file(name, ADAPTER_CONFIG_NAME, **quiet)
+    if adapter is None:
+        return
+    if not has_adapter(model):
+        raise ValueError(
+            f"{name} holds an adapter beside its branches: give `--lora_r` and the other `--lora_…` that it was "
+            "trained with. To go on without it, copy the trained part alone to another folder."
+        )
+    cached_file(name, ADAPTER_WEIGHTS_NAME)
+    load_adapter_weights(model, Path(adapter).parent)
 
 
 @contextmanager
@@ -258,7 +291,11 @@ def _mixture_settings(
 
 
 def save_merged(
-    trained_part: str | os.PathLike, folder: Path, base_model: str, processor: VideoLlamaProcessor
+    trained_part: str | os.PathLike,
+    folder: Path,
+    base_model: str,
+    processor: VideoLlamaProcessor,
+    earlier: str | None = None,
 ) -> None:
     """
     Writes the whole model with the trained part in it, the adapter merged into the decoder if there is one, so that
@@ -269,8 +306,12 @@ def save_merged(
         folder (`Path`): Where to.
         base_model (`str`): The model with the frozen parts, whose number format is kept.
         processor ([`VideoLlamaProcessor`]): Saved with it.
+        earlier (`str`, *optional*): The trained part that the training began with, which may hold other parts.
     """
-    model: Any = from_trained_part(trained_part, base_model=base_model, dtype="auto")
+    model: Any = VideoLlamaForConditionalGeneration.from_pretrained(base_model, dtype="auto")
+    for part in (earlier, trained_part):
+        if part is not None:
+            load_trained_part(model, part)
     if (Path(trained_part) / ADAPTER_CONFIG_NAME).is_file():
         from peft import PeftModel
 

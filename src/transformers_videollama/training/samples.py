@@ -148,6 +148,9 @@ class SampleBuilder:
             for message in row["messages"]
         ]
         if self.text_format == "chat":
+            answers = [entry.get("text", "") for m in messages if m["role"] == "assistant" for entry in m["content"]]
+            if not "".join(answers).strip():
+                raise SampleError("its answers have no words.")
             _ask_about_images(messages, generator)
         entries = [entry for message in messages for entry in message["content"] if entry["type"] != "text"]
         kinds = self._kinds(entries)

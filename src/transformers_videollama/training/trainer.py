@@ -41,6 +41,7 @@ from .checkpoints import (
     partial_folder,
     remove_leftovers,
     rotate_checkpoints,
+    set_aside_later_checkpoints,
     start_checkpoint,
 )
 from .mixture import TrainDataset
@@ -293,6 +294,8 @@ class VideoLlamaTrainer(Trainer):
             damage = find_damage(checkpoint) if checkpoint.is_dir() else "there is no such folder"
             if damage is not None:
                 raise ValueError(f"Cannot resume from {checkpoint}: {damage}. Resume from another, or from `last`.")
+            if self.args.should_save:
+                set_aside_later_checkpoints(output_dir, checkpoint)
         else:
             checkpoint = None
         self._num_batches_done = 0
