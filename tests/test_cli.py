@@ -245,6 +245,10 @@ def test_no_memory_left_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyt
         ("https://example.org/a.wav#t=1", "audio"),
         ("https://example.org/clip.mp4?dog.jpg", "video"),
         ("what?.png", "image"),
+        ("phone.3gp", "video"),
+        ("song.FLAC", "audio"),
+        ("data:image/gif;base64,R0lG", "video"),
+        ("data:audio/wav;base64,UklG", "audio"),
     ],
 )
 def test_the_kind_of_a_medium_is_told_by_its_name(name: str, kind: str) -> None:

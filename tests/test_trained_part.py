@@ -88,6 +88,14 @@ def test_what_requires_a_gradient_is_what_is_saved(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "trained" / DESCRIPTION).read_text())["parts"] == ["audio_branch"]
 
 
+def test_parts_beside_the_branches_are_saved_if_they_are_trained(tmp_path: Path) -> None:
+    model = make_model(0)
+    for chosen in (["qformer"], ["video_branch", "qformer"]):
+        model.set_trainable(chosen)
+        save_trained_part(model, tmp_path)
+        assert sorted(json.loads((tmp_path / DESCRIPTION).read_text())["parts"]) == sorted(chosen)
+
+
 def test_the_base_model_fits_it_too(tmp_path: Path) -> None:
     model, base = make_model(0), VideoLlamaModel(tiny_config())
     save_trained_part(model, tmp_path)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from media_files import cut, moving_noise, tone, write_media
 from PIL import Image
 from safetensors.torch import load_file
@@ -301,6 +302,39 @@ def arguments(tiny_folder: Path, media: Path, directory: Path) -> list[str]:
     options = {"model": tiny_folder, "media": media, "feature_cache": directory, "dataloader_num_workers": 1,
                "media_per_shard": 2, "num_frames": NUM_FRAMES}  # fmt: skip
     return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+
+
+def test_what_could_not_be_read_is_tried_again_when_asked(model, processor, tmp_path):
+    path = tmp_path / "clip.mp4"
+    write_media(path, num_frames=9)
+    whole = path.read_bytes()
+    path.write_bytes(bytes(len(whole)))  # as it is while it is being copied
+    write_media(tmp_path / "other.mp4", num_frames=9)
+    media = [(path, "video"), (tmp_path / "other.mp4", "video")]
+    settings = {"num_workers": 0, "directory": tmp_path / "cache"}
+    assert len(cache_features(model, processor, media, **settings)) == 1
+    path.write_bytes(whole)
+    assert len(cache_features(model, processor, media, **settings)) == 1
+    again = cache_features(model, processor, media, **settings, retry_errors=True)
+    assert len(again) == 2 and not again.unreadable
+    assert len(list((tmp_path / "cache").glob("shard-*.jsonl"))) == 2  # nothing else was encoded again
+
+
+def test_only_one_run_writes_a_cache(model, processor, tmp_path):
+    write_media(tmp_path / "clip.mp4", num_frames=9)
+    (tmp_path / "cache").mkdir()
+    settings = {"directory": tmp_path / "cache", "num_workers": 0}
+    with FileLock(tmp_path / "cache" / ".lock"), pytest.raises(ValueError, match="Another run is writing"):
+        cache_features(model, processor, [(tmp_path / "clip.mp4", "video")], **settings)
+    assert len(cache_features(model, processor, [(tmp_path / "clip.mp4", "video")], **settings)) == 1
+
+
+def test_a_folder_of_media_is_found_by_endings(tmp_path):
+    for name in ("a.mkv", "b.ts", "c.m4v", "d.webp", "e.flac", "f.3gp", "g.txt"):
+        (tmp_path / name).touch()
+    found = {Path(path).name: kind for path, kind in find_media([], [tmp_path])}
+    assert found == {name: "image" if name == "d.webp" else "video" for name in sorted(found)} and "g.txt" not in found
+    assert len(found) == 6
 
 
 def test_killed_and_resumed_is_uninterrupted_and_two_processes_are_one(tiny_folder, many_videos, tmp_path):

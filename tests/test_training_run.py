@@ -358,6 +358,7 @@ def test_what_a_run_begins_with_is_merged_too(tiny_folder: Path, data: Path, tmp
     settings = {"branch": "audio", "trained_part": tmp_path / "video", "merge": True, "learning_rate": 1e-2}
     main(arguments(2, tiny_folder, data, tmp_path / "audio", **settings))
     merged = VideoLlamaForConditionalGeneration.from_pretrained(tmp_path / "audio" / "merged")
+    merged.load_audio_vision_tower()  # so that the audio branch can be trained on
     for branch in ("video", "audio"):
         for name, tensor in load_file(tmp_path / branch / "trained_part.safetensors").items():
             assert name.startswith(branch) and torch.equal(merged.get_parameter(f"model.{name}"), tensor)
@@ -401,16 +402,25 @@ main(sys.argv[1:])
 
 def test_what_was_trained_is_pushed(tiny_folder: Path, data: Path, tmp_path: Path) -> None:
     with LocalHub() as hub:
-        flags = arguments(
-            2, tiny_folder, data, tmp_path / "run", max_steps=1, lora_r=2, push_to_hub=True, hub_model_id="me/trained"
-        )
+        settings = {"lora_r": 2, "merge": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+        settings |= {"hub_strategy": "every_save", "push_to_hub": True, "hub_model_id": "me/trained"}
+        flags = arguments(2, tiny_folder, data, tmp_path / "run", **settings)
+        (tmp_path / "run" / "merged").mkdir(parents=True)
+        (tmp_path / "run" / "merged" / "model.safetensors").touch()
+        (tmp_path / "run" / "bad_samples.jsonl").touch()
+        flags.append("--resume_from_checkpoint=last")
         environment = {**hub.environment, "HF_TOKEN": "hf_me", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin"}
         environment |= {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(SOURCE.parent)}
         subprocess.run([sys.executable, "-c", PUSH, *flags], check=True, env=environment, timeout=300)
         files = hub.files("me/trained")
     assert {"trained_part.safetensors", "trained_part.json", "README.md", "processor_config.json"} <= set(files)
     assert {"adapter_model.safetensors", "adapter_config.json"} <= set(files)
-    assert not any(name.startswith(("checkpoint", "model")) for name in files if name.endswith("safetensors"))
+    assert not any(name.startswith(("checkpoint", "model", "merged")) for name in files)
+    assert "bad_samples.jsonl" not in files
+    # Others have not the folder of the frozen parts
+    assert json.loads(files["trained_part.json"])["base_model"] is None
+    assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] is None
+    assert json.loads((tmp_path / "run" / "trained_part.json").read_text())["base_model"] == str(tiny_folder)
     assert b'from_trained_part("me/trained")\nmodel.load_adapter("me/trained")' in files["README.md"]
     assert files["trained_part.safetensors"] == (tmp_path / "run" / "trained_part.safetensors").read_bytes()
 

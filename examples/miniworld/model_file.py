@@ -4,7 +4,9 @@
 the decoder; without, the decoder comes out of a PyPI wheel (`decoder.py`).
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from decoder import HUB_ID, find_decoder
@@ -28,6 +30,14 @@ def export_model(folder: Path, output: Path) -> None:
     VideoLlamaProcessor.from_pretrained(folder).save_pretrained(output)
     for copy in output.glob("*.py"):  # of the package's own code, which is beside it
         copy.unlink()
+    for name in ("config.json", "processor_config.json"):
+        text = (output / name).read_text(encoding="utf-8")
+        settings = json.loads(text, object_hook=_without_code)
+        (output / name).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _without_code(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in ("auto_map", "custom_pipelines")}
 
 
 def load_model(

@@ -74,6 +74,14 @@ _MAX_MISSING_SECONDS = 0.1
 _MAX_MISSING_SOUND_SECONDS = 0.5
 _SKIP_SAMPLES = "<IIBB"  # FFmpeg's side data: samples to leave out at the start and at the end, and why
 
+# By which a medium's kind is told from its name: not by the system's table of types, which is another one everywhere
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic", ".avif")
+VIDEO_ENDINGS = (
+    ".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif", ".m4v", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".flv", ".wmv",
+    ".3gp", ".3g2", ".ogv",
+)  # fmt: skip
+AUDIO_ENDINGS = (".wav", ".mp3", ".flac", ".m4a", ".aac", ".ogg", ".oga", ".opus", ".wma", ".aiff", ".amr")
+
 
 class MediaError(ValueError):
     """A media file cannot be used. The message names the file, what is wrong with it, and what to do."""
@@ -277,6 +285,21 @@ def _download(url: str, path: str) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Which frames
+
+
+def medium_kind(name: str | os.PathLike) -> str | None:
+    """
+    `"image"`, `"video"` (a GIF is one, too) or `"audio"`, by the ending of a file's name or address, or by the type
+    that a `data:` address gives; None where they do not tell.
+    """
+    text = os.fsdecode(name)
+    if text.lower().startswith("data:"):
+        kind, _, ending = text[5:].partition(";")[0].lower().partition("/")
+        return "video" if ending == "gif" else kind if kind in ("image", "video", "audio") else None
+    # An address may go on after the name, as one that is signed does
+    ending = os.path.splitext(urllib.parse.urlsplit(text).path if "://" in text else text)[1].lower()
+    endings = {"image": IMAGE_ENDINGS, "video": VIDEO_ENDINGS, "audio": AUDIO_ENDINGS}
+    return next((kind for kind, known in endings.items() if ending in known), None)
 
 
 def uniform_frame_indices(total_num_frames: int, num_frames: int) -> list[int]:

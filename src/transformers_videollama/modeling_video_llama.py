@@ -297,13 +297,20 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
             OSError: if the checkpoint has no such folder.
             ValueError: if the model has no audio branch, or one of another size.
         """
-        tower = VideoLlamaAudioVisionModel.from_pretrained(
-            path or self.config._name_or_path,
-            subfolder="audio_vision_tower",
-            dtype=self.dtype,
-            attn_implementation=self.config._attn_implementation,
-            **kwargs,
-        )
+        path = path or self.config._name_or_path
+        try:
+            tower = VideoLlamaAudioVisionModel.from_pretrained(
+                path,
+                subfolder="audio_vision_tower",
+                dtype=self.dtype,
+                attn_implementation=self.config._attn_implementation,
+                **kwargs,
+            )
+        except OSError as error:
+            raise OSError(
+                f"{path} has no folder audio_vision_tower with ImageBind's vision tower, which a model that was saved "
+                "without it lacks. Copy that of the converted checkpoint into it, or give the checkpoint as `path`."
+            ) from error
         config = copy.deepcopy(self.config)
         config.audio_vision_config = tower.config
         if config.audio_config is None:

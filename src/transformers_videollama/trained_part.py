@@ -68,10 +68,15 @@ def save_trained_part(
         ValueError: if the model has no such part.
     """
     if parts is None:
-        branches = {name: _part(model, name) for name in BRANCHES}
-        present = [name for name, branch in branches.items() if branch is not None]
-        trained = [name for name in present if any(p.requires_grad for p in branches[name].parameters())]
-        parts = trained or present
+        found = {name: part for name in PARTS if (part := _part(model, name)) is not None}
+        gradients = {
+            name: {p.requires_grad for own, p in part.named_parameters() if ".lora_" not in own}
+            for name, part in found.items()
+        }
+        trained = [name for name, own in gradients.items() if True in own]
+        # A model of which nothing was frozen is one that nobody has said of what is to be trained
+        is_chosen = trained and any(False in own for own in gradients.values())
+        parts = trained if is_chosen else [name for name in found if name in BRANCHES]
     tensors: dict[str, torch.Tensor] = {}
     for name in parts:
         if _part(model, name) is None:
@@ -166,12 +171,16 @@ def from_trained_part(
         base_model (`str` or `os.PathLike`, *optional*): Another model with the frozen parts than the one named.
         revision (`str`, *optional*): Revision of the trained part.
         token (`str` or `bool`, *optional*): Token for the Hub, for both.
-        kwargs: Arguments of `VideoLlamaForConditionalGeneration.from_pretrained`: `dtype`, `device_map`, ….
+        kwargs:
+            Arguments of `VideoLlamaForConditionalGeneration.from_pretrained`: `dtype`, `device_map`, …; `cache_dir`,
+            `force_download` and `local_files_only` are for both.
 
     Raises:
         ValueError: if no base model is named or if the parts do not fit, see [`load_trained_part`].
     """
-    description = _read_description(path_or_repo_id, revision=revision, token=token)
+    shared = {name: kwargs[name] for name in ("cache_dir", "force_download", "local_files_only") if name in kwargs}
+    hub_options = {"revision": revision, "token": token, **shared}
+    description = _read_description(path_or_repo_id, **hub_options)
     base_revision = None
     if base_model is None:
         base_model, base_revision = description["base_model"], description["base_revision"]
@@ -183,7 +192,7 @@ def from_trained_part(
     if base_revision is not None:
         kwargs.setdefault("revision", base_revision)
     model = VideoLlamaForConditionalGeneration.from_pretrained(base_model, token=token, **kwargs)
-    load_trained_part(model, path_or_repo_id, revision=revision, token=token)
+    load_trained_part(model, path_or_repo_id, **hub_options)
     return model
 
 

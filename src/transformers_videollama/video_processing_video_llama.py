@@ -5,7 +5,6 @@ that are given as arrays or images are resized by torchvision. What remains (res
 is the library's own video processor.
 """
 
-import mimetypes
 import os
 from collections.abc import Callable
 from functools import partial
@@ -32,6 +31,7 @@ from .media import (
     MediaSource,
     headtail_frame_indices,
     is_opened,
+    medium_kind,
     open_picture,
     read_video,
     read_video_metadata,
@@ -246,8 +246,7 @@ def is_frame(item: Any) -> bool:
     """Whether something is a picture and not a video: an image file by its name (a GIF is a video), a PIL image, or an
     array or tensor of three axes."""
     if isinstance(item, (str, os.PathLike)):
-        kind = mimetypes.guess_type(os.fsdecode(item))[0] or ""
-        return kind.startswith("image/") and kind != "image/gif"
+        return medium_kind(item) == "image"
     return isinstance(item, PIL.Image.Image) or (isinstance(item, (np.ndarray, torch.Tensor)) and item.ndim == 3)
 
 

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from transformers.video_utils import VideoMetadata
 
-from ..media import has_audio, open_media, read_audio, read_video
+from ..media import IMAGE_ENDINGS, has_audio, open_media, read_audio, read_video
 from ..modeling_video_llama import VideoLlamaForConditionalGeneration
 from ..processing_video_llama import VideoLlamaProcessor, frame_timestamps, read_image
 from .items import Medium
-from .media_files import IMAGE_ENDINGS
 from .mvbench import FRAMES_PER_SECOND
 
 

@@ -5,10 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from ..media import MediaError
-
-VIDEO_ENDINGS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif", ".m4v", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp")
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+from ..media import IMAGE_ENDINGS, VIDEO_ENDINGS, MediaError
 
 
 class MediaFiles:

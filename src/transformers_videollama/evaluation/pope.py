@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ..media import IMAGE_ENDINGS
 from .annotation_files import check_items, read_rows, required
 from .items import Item, Medium
-from .media_files import IMAGE_ENDINGS
 from .scores import Score, bootstrapped, share
 
 SAMPLINGS = ("random", "popular", "adversarial")

@@ -6,7 +6,6 @@ them.
 
 import argparse
 import json
-import mimetypes
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from ..media import medium_kind
 from ..modeling_video_llama import VideoLlamaForConditionalGeneration
 from ..processing_video_llama import VideoLlamaProcessor
 from ..video_processing_video_llama import is_frame
@@ -67,6 +67,9 @@ class CacheArguments:
     bf16: bool = field(default=False, metadata={"help": "As in training."})
     batch_size: int = field(default=64, metadata={"help": "Frames that are encoded at once."})
     dataloader_num_workers: int = field(default=4, metadata={"help": "Processes that decode ahead, for each GPU."})
+    retry_errors: bool = field(
+        default=False, metadata={"help": "Try media again that could not be read before, such as by addresses."}
+    )
     media_per_shard: int = field(
         default=512, metadata={"help": "Media in a file; what an interruption loses at most."}
     )
@@ -103,8 +106,7 @@ def find_media(
         if not name.exists():
             raise FileNotFoundError(f"{name} does not exist (looked for it from {os.getcwd()}).")
         for path in sorted(name.rglob("*")) if name.is_dir() else [name]:
-            kind = (mimetypes.guess_type(path)[0] or "").partition("/")[0]
-            if not name.is_dir() or (kind in ("image", "video", "audio") and path.is_file()):
+            if not name.is_dir() or (medium_kind(path) is not None and path.is_file()):
                 yield str(path), _medium_type(path)
 
 
@@ -168,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.batch_size,
         args.dataloader_num_workers,
         args.media_per_shard,
+        args.retry_errors,
     )
     if state.is_main_process:
         unreadable = len(cache.unreadable)

@@ -108,7 +108,8 @@ def read_meta(directory: Path) -> dict[str, Any]:
             f"{directory} is no feature cache: there is no {META_NAME} in it. Make one with"
             " examples/training/cache_features.py."
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    meta = json.loads(path.read_text(encoding="utf-8"))
+    return {**meta, "media_root": os.path.realpath(meta["media_root"])}  # it may have been set by hand
 
 
 def read_lines(path: Path) -> list[Any]:

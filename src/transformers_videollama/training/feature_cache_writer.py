@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -47,6 +48,7 @@ from .feature_cache import (
 logger = logging.get_logger(__name__)
 
 TEMPORARY_SUFFIX = ".tmp"
+LOCK_NAME = ".lock"
 PROCESS_TIMEOUT = timedelta(days=7)  # processes wait for the slowest one at the end
 
 
@@ -143,6 +145,7 @@ def cache_features(
     batch_size: int = 64,
     num_workers: int = 4,
     media_per_shard: int = 512,
+    retry_errors: bool = False,
 ) -> FeatureCache:
     """
     Writes the features of media to a cache, or completes it: what complete shards hold is not computed again, unless a
@@ -162,44 +165,57 @@ def cache_features(
         batch_size (`int`, defaults to 64): Frames or clips that are encoded at once.
         num_workers (`int`, defaults to 4): Processes that decode ahead, for each process that encodes.
         media_per_shard (`int`, defaults to 512): What an interrupted run loses at most.
+        retry_errors (`bool`, defaults to `False`): Whether to try media again that could not be read before.
 
     Returns:
         `FeatureCache`: the cache.
 
     Raises:
-        ValueError: the folder holds a cache that was made differently, or the model is without an encoder that is
-        needed.
+        ValueError: the folder holds a cache that was made differently, or is being written by another run, or the
+        model is without an encoder that is needed.
     """
     state = PartialState(timeout=PROCESS_TIMEOUT)
     directory = Path(directory)
-    with state.main_process_first():
-        if state.is_main_process:
-            directory.mkdir(parents=True, exist_ok=True)
-            _plan(model, processor, media, directory, kinds, num_frames, sampling, seed, media_per_shard)
-    meta, plan = read_meta(directory), read_lines(directory / PLAN_NAME)
-    todo = [line for line in plan if not shard_path(directory, line["shard"], ".jsonl").exists()]
-    state.wait_for_everyone()  # before any of them is done, so that all see the same ones
-    todo = todo[state.process_index :: state.num_processes]
+    lock = FileLock(directory / LOCK_NAME)
+    try:
+        with state.main_process_first():
+            if state.is_main_process:
+                directory.mkdir(parents=True, exist_ok=True)
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout as error:
+                    raise ValueError(
+                        f"Another run is writing the feature cache {directory}. Wait for it; processes that are to "
+                        "share the work are started together, by `torchrun` or `accelerate launch`."
+                    ) from error
+                settings = (kinds, num_frames, sampling, seed, media_per_shard, retry_errors)
+                _plan(model, processor, media, directory, *settings)
+        meta, plan = read_meta(directory), read_lines(directory / PLAN_NAME)
+        todo = [line for line in plan if not shard_path(directory, line["shard"], ".jsonl").exists()]
+        state.wait_for_everyone()  # before any of them is done, so that all see the same ones
+        todo = todo[state.process_index :: state.num_processes]
 
-    base = getattr(model, "model", model)
-    dataset = _Media(
-        [(key, medium_type) for line in todo for key, medium_type in line["media"]],
-        processor,
-        meta,
-        with_pictures="frames" in kinds or "clips" in kinds,
-    )
-    loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, pin_memory=base.device.type == "cuda")
-    progress = tqdm(total=len(dataset), unit="media", desc="caching features", disable=not state.is_main_process)
-    with progress:
-        items = iter(loader) if todo else iter(())
-        for line in todo:
-            _write_shard(base, directory, meta, line, items, batch_size, progress)
-    state.wait_for_everyone()
-    cache = FeatureCache(directory)
-    if state.is_main_process:
-        text = "".join(f"{reason}\n" for reason in cache.unreadable)
-        _replace(directory / UNREADABLE_NAME, lambda path: path.write_text(text, "utf-8", "backslashreplace"))
-    return cache
+        base = getattr(model, "model", model)
+        dataset = _Media(
+            [(key, medium_type) for line in todo for key, medium_type in line["media"]],
+            processor,
+            meta,
+            with_pictures="frames" in kinds or "clips" in kinds,
+        )
+        loader = DataLoader(dataset, batch_size=None, num_workers=num_workers, pin_memory=base.device.type == "cuda")
+        progress = tqdm(total=len(dataset), unit="media", desc="caching features", disable=not state.is_main_process)
+        with progress:
+            items = iter(loader) if todo else iter(())
+            for line in todo:
+                _write_shard(base, directory, meta, line, items, batch_size, progress)
+        state.wait_for_everyone()
+        cache = FeatureCache(directory)
+        if state.is_main_process:
+            text = "".join(f"{reason}\n" for reason in cache.unreadable)
+            _replace(directory / UNREADABLE_NAME, lambda path: path.write_text(text, "utf-8", "backslashreplace"))
+        return cache
+    finally:
+        lock.release()
 
 
 def _plan(
@@ -212,6 +228,7 @@ def _plan(
     sampling: str,
     seed: int,
     media_per_shard: int,
+    retry_errors: bool,
 ) -> None:
     """Checks or writes `meta.json`, and appends the media that are new to the plan."""
     wrong = [kind for kind in kinds if kind not in KINDS]
@@ -257,17 +274,23 @@ def _plan(
         text = json.dumps(meta, indent=2) + "\n"
         _replace(directory / META_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
+    failed: dict[str, bool] = {}
     known: dict[str, Any] = {}  # every planned medium, and the size it had if it is done
     for line in plan:
         index = shard_path(directory, line["shard"], ".jsonl")
         known.update((key, "planned") for key, _ in line["media"])
         if index.exists():
             known.update((entry["path"], entry["bytes"]) for entry in read_lines(index))
+            failed.update({entry["path"]: "error" in entry for entry in read_lines(index)})
     new = []
     for path, medium_type in media:
         key = medium_name(path, meta["media_root"])
         # What is gone keeps its features; what has another size than it had was replaced
-        if key not in known or (known[key] != "planned" and file_size(path) not in (None, known[key])):
+        is_done = key in known and known[key] != "planned"
+        is_outdated = is_done and (
+            file_size(path) not in (None, known[key]) or (retry_errors and failed.get(key, False))
+        )
+        if key not in known or is_outdated:
             known[key] = "planned"
             new.append((key, medium_type))
     shards = [new[start : start + media_per_shard] for start in range(0, len(new), media_per_shard)]

@@ -4,6 +4,7 @@
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -318,3 +319,6 @@ def save_merged(
         model = PeftModel.from_pretrained(model, str(trained_part)).merge_and_unload()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    tower = Path(base_model) / "audio_vision_tower"  # without which the audio branch could not be trained any further
+    if tower.is_dir() and model.config.audio_vision_config is None:
+        shutil.copytree(tower, folder / tower.name, dirs_exist_ok=True)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -29,7 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import HubStrategy
-from transformers.utils import logging
+from transformers.utils import PushInProgress, logging
 
 from ..model_card import make_model_card
 from ..trained_part import DESCRIPTION_NAME, PARTS, WEIGHTS_NAME, load_trained_part, save_trained_part
@@ -55,6 +56,7 @@ SCHEDULER_NAME = "scheduler.pt"
 ADAPTER_NAME = "default"  # what `peft` calls an adapter that was given no name
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+_NOT_UPLOADED = ("bad_samples.jsonl", "training_args.bin")
 
 
 class VideoLlamaTrainer(Trainer):
@@ -69,6 +71,7 @@ class VideoLlamaTrainer(Trainer):
     """
 
     args: VideoLlamaTrainingArguments
+    push_in_progress: Any
     optimizer: Any
     lr_scheduler: Any
 
@@ -462,13 +465,77 @@ class VideoLlamaTrainer(Trainer):
         )
         card.save(path)
 
+    def push_to_hub(
+        self,
+        commit_message: str | None = "Upload trained part",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """
+        See [`Trainer.push_to_hub`]. Of `args.output_dir` what was trained, the processor, the model card and the logs
+        are uploaded: no merged model, no checkpoints and no names of media.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token or self.args.hub_token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        return self._upload(commit_message, not blocking, token, revision)
+
+    def _upload(
+        self, commit_message: str | None, run_as_future: bool, token: str | None = None, revision: str | None = None
+    ) -> Any:
+        folder = Path(self.args.output_dir)
+        paths = [path for path in [*folder.glob("*"), *folder.glob("runs/**/*")] if path.is_file()]
+        operations = [
+            CommitOperationAdd(path.relative_to(folder).as_posix(), _without_local_base(path))
+            for path in sorted(paths)
+            if path.name not in _NOT_UPLOADED and not path.name.startswith((".", "_"))
+        ]
+        return HfApi(token=token or self.args.hub_token).create_commit(
+            self.hub_model_id,
+            operations,
+            commit_message=commit_message or "Upload trained part",
+            revision=revision or self.args.hub_revision,
+            run_as_future=run_as_future,
+        )
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            for name in (WEIGHTS_NAME, DESCRIPTION_NAME, ADAPTER_WEIGHTS_NAME, ADAPTER_CONFIG_NAME):
-                if (Path(checkpoint_folder) / name).is_file():
-                    shutil.copy(Path(checkpoint_folder) / name, Path(self.args.output_dir) / name)
-            self.create_model_card()
-        super()._push_from_checkpoint(checkpoint_folder)
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if not self.args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
+            return
+        folder = Path(self.args.output_dir)
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        for name in (WEIGHTS_NAME, DESCRIPTION_NAME, ADAPTER_WEIGHTS_NAME, ADAPTER_CONFIG_NAME):
+            if (Path(checkpoint_folder) / name).is_file():
+                shutil.copy(Path(checkpoint_folder) / name, folder / name)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+        self.create_model_card()
+        message = f"Training in progress, step {self.state.global_step}"
+        jobs = [self._upload(message, run_as_future=True)]
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+            jobs.append(
+                HfApi(token=self.args.hub_token).upload_folder(
+                    repo_id=self.hub_model_id,
+                    folder_path=checkpoint_folder,
+                    path_in_repo="last-checkpoint" if is_last else Path(checkpoint_folder).name,
+                    commit_message=f"{message}, checkpoint",
+                    run_as_future=True,
+                    revision=self.args.hub_revision,
+                )
+            )
+        if self.push_in_progress is None or self.push_in_progress.is_done():
+            self.push_in_progress = PushInProgress(jobs)
+        else:
+            self.push_in_progress.jobs.extend(jobs)
 
 
 class _LengthGroupedSampler(LengthGroupedSampler):
@@ -597,6 +664,21 @@ def load_adapter_weights(model: Any, folder: str | os.PathLike) -> None:
             f"The adapter in {folder} does not fit this model's: {(missing + list(result.unexpected_keys))[0]} "
             "differs. Use the `lora_…` arguments that it was trained with."
         )
+
+
+def _without_local_base(path: Path) -> Path | bytes:
+    """A file for others to have, who have not the folder that it may name as the model with the frozen parts."""
+    if path.name not in (DESCRIPTION_NAME, ADAPTER_CONFIG_NAME):
+        return path
+    description = json.loads(path.read_text(encoding="utf-8"))
+    key = "base_model" if path.name == DESCRIPTION_NAME else "base_model_name_or_path"
+    if description[key] is not None and os.path.isdir(description[key]):
+        logger.warning(
+            f"{path.name} names {description[key]} as the model with the frozen parts, which others do not have, and "
+            "is uploaded without it: train with a model of the Hub, or have others name theirs as `base_model=…`."
+        )
+        description[key] = None
+    return (json.dumps(description, indent=2) + "\n").encode()
 
 
 def _whole(value: Any) -> Any:
