@@ -30,6 +30,7 @@ from pictures import make_pictures
 from small_model import make_model, make_processor
 from world import generator
 
+from transformers_videollama import VideoLlamaForConditionalGeneration
 from transformers_videollama.training import cache_features, run
 
 MINIWORLD = Path(ask.__file__).parent
@@ -181,7 +182,11 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     conversations.write_text((json.dumps({"messages": messages}) + "\n") * 8)
     stage2, losses["stage 2"] = train("video_stage2", work / "started", data, features, 100, "--trained_part", stage1)
     export_model(stage2 / "merged", work / "model")
-    return {"cache": cache, "data": data, "losses": losses, "model": work / "model", "base": base}
+    both, losses["both branches"] = train("both_branches", stage2 / "merged", data, features, 40)
+    return {
+        "cache": cache, "data": data, "losses": losses, "model": work / "model", "base": base, "stage 2": stage2,
+        "both": both,
+    }  # fmt: skip
 
 
 def test_loss_falls_at_every_station(chain):
@@ -190,6 +195,15 @@ def test_loss_falls_at_every_station(chain):
     assert len(rearranged) == 60 and np.isfinite(rearranged).all()
     for name, losses in stations.items():
         assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5]), name
+
+
+def test_the_last_station_trains_both_branches_and_nothing_else(chain):
+    before, after = (
+        VideoLlamaForConditionalGeneration.from_pretrained(chain[stage] / "merged").state_dict()
+        for stage in ("stage 2", "both")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name.split(".")[1] for name in changed} == {"video_branch", "audio_branch"}
 
 
 def test_words_add_the_same_for_each_thing_as_many_soft_tokens_later():

@@ -1,7 +1,7 @@
 """The small Video-LLaMA: the paper's parts, each a hundredth of the published size, around SmolLM2-135M-Instruct.
 
 Frames of 64 x 64 pixels go through a ViT and a Q-Former with one query for each kind of object of the miniature world,
-then through the video branch into 16 soft tokens; sound goes through a small ImageBind and the audio branch into 4.
+then through the video branch into 16 soft tokens; sound goes through a small ImageBind and the audio branch into 8.
 """
 
 from pathlib import Path

@@ -7,9 +7,10 @@
    (`branches.py`);
 1. video branch, stage 1: captions;
 2. video branch, stage 2: conversations;
-3. audio branch, stages 1 and 2: on frames alone, in place of sounds.
+3. audio branch, stages 1 and 2: on frames alone, in place of sounds;
+4. both branches together, on the same conversations, still on frames alone.
 
-Stages 1 to 3 are runs of `examples/training/train.py` with the YAML files of the folder `stages`. Interrupted at any
+Stages 1 to 4 are runs of `examples/training/train.py` with the YAML files of the folder `stages`. Interrupted at any
 time, the same command goes on where it stopped. At the end everything but the decoder is written to `model/`, where
 `from_pretrained` finds it. Everything is trained on a GPU where there is one, else on the CPU.
 """
@@ -40,7 +41,8 @@ from small_model import make_model, make_processor
 
 HERE = Path(__file__).resolve().parent
 TRAINING = HERE.parent / "training"
-STAGES = ("video_stage1", "video_stage2", "audio_stage1", "audio_stage2")
+STAGES = ("video_stage1", "video_stage2", "audio_stage1", "audio_stage2", "both_branches")
+BESIDE = {"audio_stage1": "video_stage2", "both_branches": "audio_stage2"}  # stages that begin with a finished model
 VALIDATION_CLIPS = 200  # the last ones, on which encoders and the start of branches are not trained
 
 
@@ -122,8 +124,8 @@ def main(argv: list[str] | None = None) -> None:
     model = started
     for stage in STAGES:
         output = options.work / stage
-        if stage == "audio_stage1":  # the audio branch is trained beside the finished video branch
-            model, previous = output.with_name("video_stage2") / "merged", None
+        if stage in BESIDE:
+            model, previous = options.work / BESIDE[stage] / "merged", None
         if not (output / "merged").exists():
             datasets = (HERE / "stages" / f"{stage}.yaml").read_text(encoding="utf-8")
             config = options.work / f"{stage}.yaml"
