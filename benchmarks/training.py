@@ -207,6 +207,7 @@ def stage_arguments(
         source["annotations"] = str(folder / "chats.jsonl")
     options: dict[str, Any] = {
         "model": "random weights",
+        "trained_part": "none",
         "datasets": json.dumps([source]),
         "output_dir": folder / "output",
         "max_steps": load.warm_up + load.steps,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from accelerate import PartialState
 from tqdm.auto import tqdm
@@ -148,7 +149,7 @@ def parse_arguments(argv: Sequence[str]) -> CacheArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `examples/training/cache_features.py`; started by `torchrun` the processes share the work."""
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
-    state = PartialState(timeout=PROCESS_TIMEOUT)
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PROCESS_TIMEOUT)
     processor = VideoLlamaProcessor.from_pretrained(args.model)
     dtype = args.dtype or ("bfloat16" if args.bf16 else "float32")
     model = VideoLlamaForConditionalGeneration.from_pretrained(args.model, dtype=dtype).model

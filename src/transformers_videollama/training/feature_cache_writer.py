@@ -174,7 +174,7 @@ def cache_features(
         ValueError: the folder holds a cache that was made differently, or is being written by another run, or the
         model is without an encoder that is needed.
     """
-    state = PartialState(timeout=PROCESS_TIMEOUT)
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PROCESS_TIMEOUT)
     directory = Path(directory)
     lock = FileLock(directory / LOCK_NAME)
     try:
