@@ -238,7 +238,7 @@ def test_going_on_from_an_older_checkpoint_leaves_the_newer_ones_behind(tmp_path
     make_trainer(run, max_steps=6, **settings).train(resume_from_checkpoint="last")
     make_trainer(run, max_steps=6, **settings).train(resume_from_checkpoint=run / "checkpoint-4")
     assert {path.name for path in run.glob("abandoned-*")} == {
-        "abandoned-checkpoint-4", "abandoned-checkpoint-6", "abandoned-checkpoint-61",
+        "abandoned-checkpoint-4", "abandoned-checkpoint-6", "abandoned-checkpoint-6-1",
     }  # fmt: skip
 
 

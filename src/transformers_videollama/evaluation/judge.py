@@ -174,8 +174,8 @@ class Judge:
             except openai.BadRequestError as error:
                 if not settings or "temperature" not in str(error):
                     raise
-                self._settings = {}  # some judges have a temperature of their own and take no other
                 done = self._client.chat.completions.create(model=self.model, messages=chat)
+                self._settings = {}  # some judges have a temperature of their own and take no other
             reply = (done.choices[0].message.content or "") if done.choices else ""
             if read_verdict(reply) is not None:
                 break

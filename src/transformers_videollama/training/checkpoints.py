@@ -95,7 +95,9 @@ def set_aside_later_checkpoints(output_dir: Path, checkpoint: Path) -> None:
     for path in reversed(checkpoints):
         if path.resolve() == checkpoint.resolve():
             return
-        names = (path.with_name(f"abandoned-{path.name}{number or ''}") for number in itertools.count())
+        names = (
+            path.with_name(f"abandoned-{path.name}{f'-{number}' if number else ''}") for number in itertools.count()
+        )
         name = next(name for name in names if not name.exists())
         path.rename(name)
         logger.warning(f"{path} is now {name.name}, because the training goes on from {checkpoint.name}.")

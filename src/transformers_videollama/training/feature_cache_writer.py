@@ -280,8 +280,8 @@ def _plan(
         index = shard_path(directory, line["shard"], ".jsonl")
         known.update((key, "planned") for key, _ in line["media"])
         if index.exists():
-            known.update((entry["path"], entry["bytes"]) for entry in read_lines(index))
-            failed.update({entry["path"]: "error" in entry for entry in read_lines(index)})
+            for entry in read_lines(index):
+                known[entry["path"]], failed[entry["path"]] = entry["bytes"], "error" in entry
     new = []
     for path, medium_type in media:
         key = medium_name(path, meta["media_root"])
