@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from media_files import tone, write_media
 from serve_parts import Reference, make_readable, until, write_files
+
+from transformers_videollama import VideoLlamaConfig, VideoLlamaForConditionalGeneration
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -100,9 +103,12 @@ class Visitor:
 @pytest.fixture(scope="module")
 def model_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_readable(tiny_folder, tmp_path_factory.mktemp("models") / "readable")
-    config = json.loads((folder / "config.json").read_text())
-    config["text_config"]["max_position_embeddings"] = 4096  # so that there is an answer to be stopped
-    (folder / "config.json").write_text(json.dumps(config))
+    config = VideoLlamaConfig.from_pretrained(folder)
+    config.text_config.max_position_embeddings = 4096  # a long answer of a slow decoder: there is time to stop it
+    config.text_config.num_hidden_layers = 24
+    torch.manual_seed(0)
+    model = VideoLlamaForConditionalGeneration.from_pretrained(folder, config=config)  # new layers are drawn
+    model.save_pretrained(folder)
     return folder
 
 
@@ -202,10 +208,16 @@ def test_an_answer_is_stopped_and_settings_count(visitor: Visitor, files: Path) 
     visitor.wait_for_frames()
     assert "no sound" in visitor.page.locator("#view").inner_text()
     visitor.set("Most tokens of an answer", 1024)
+    visitor.page.evaluate(  # as soon as there is some text, from within the page: nothing comes between
+        f"""() => {{ window.stopped = false;
+        new MutationObserver((_, observer) => {{
+            if (!(document.querySelector({json.dumps(BOT)})?.innerText.trim().length > 10)) return;
+            observer.disconnect(); document.querySelector("#stop").click(); window.stopped = true; }})
+        .observe(document.body, {{subtree: true, childList: true, characterData: true}}); }}"""
+    )
     visitor.page.locator("#question textarea").fill("Tell me a story.")
     visitor.page.locator("#question textarea").press("Enter")
-    visitor.page.wait_for_function(f"document.querySelector({json.dumps(BOT)})?.innerText.length > 10")
-    visitor.page.locator("#stop").click()
+    visitor.page.wait_for_function("window.stopped")
     visitor.wait_for_end()
     stopped = visitor.page.locator(BOT).inner_text().strip()
     assert 10 < len(stopped) < 900
@@ -318,7 +330,7 @@ def test_who_waits_sees_how_many_are_before(browser: Any, site: Site, files: Pat
     other.page.locator("#question textarea").fill("What is it?")
     other.page.locator("#ask").click()
     other.page.get_by_text("queue: 1/1").first.wait_for()  # beside whatever waits
-    one.page.locator("#stop").click()
+    one.page.evaluate("document.querySelector('#stop')?.click()")  # unless the answer has ended
     for visitor in (one, other):
         visitor.wait_for_end()
         assert visitor.page.locator(BOT).inner_text().strip()
