@@ -200,12 +200,14 @@ def presence(scene: Scene, rng: np.random.Generator) -> QA:
 
 
 def confusions(scene: Scene, rng: np.random.Generator) -> list[QA]:
-    """Two questions that eye and ear answer differently: whether what is heard is seen, and whether what is seen is
-    heard. None where what is heard is seen, or one of the two is nothing."""
+    """Questions that eye and ear answer differently: whether what is heard and not seen is seen, and whether what is
+    seen beside is heard. None where nothing is heard, or nothing else is seen."""
     writer = _Writer(rng)
-    if scene.objects and scene.sound and scene.sound not in scene.kinds:
-        _ask_presence(writer, scene.sound, False)
-        _ask_sound_presence(writer, str(rng.choice(scene.kinds)), False)
+    silent = [kind for kind in scene.kinds if kind != scene.sound]
+    if scene.sound and silent:
+        if scene.sound not in scene.kinds:
+            _ask_presence(writer, scene.sound, False)
+        _ask_sound_presence(writer, str(rng.choice(silent)), False)
     return writer.items
 
 

@@ -197,7 +197,7 @@ def audio_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tu
             if alone or rng.random() < 0.4:
                 items += conversation(pair, rng, ("hear", "when"), 1)
             # Eye and ear differ as often as not: else "is there a ..." is answered by ear, "do you hear ..." by eye
-            items += (confusions(pair, rng) if rng.random() < 0.5 else []) or [heard, presence(pair, rng)][: 2 - alone]
+            items += (confusions(pair, rng) if rng.random() < 0.2 else []) or [heard, presence(pair, rng)][: 2 - alone]
             if not alone:
                 media.append(("video", clip_name(split, index)))
                 # More about what is seen: the sound's tokens must not get in the way of the frames'
@@ -207,7 +207,10 @@ def audio_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tu
                     items += motions(pair, rng)
                 else:
                     items += conversation(pair, rng, [family for family in SIGHT_FAMILIES if family != "see"], 2)
-            yield "audio-conversations", message_rows(media, _turns(items, rng, yes_no_first=0.7))
+                if len(scene.objects) == 3:  # which are the hardest to tell apart beside a sound
+                    by_name = rng.random() < 0.5
+                    items += names(pair, rng)[:2] if by_name else conversation(pair, rng, ("count", "object"), 1)
+            yield "audio-conversations", message_rows(media, _turns(items, rng, yes_no_first=0.4))
 
 
 def _draw_sound(
