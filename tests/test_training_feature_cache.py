@@ -246,6 +246,10 @@ def test_other_encoders_and_settings_are_refused(cache, model, processor, tiny_f
         other.model.qformer.layernorm.bias[0] += 1
     with pytest.raises(ValueError, match="made by other encoders"):
         cache.check_model(other)
+    same_weights = VideoLlamaForConditionalGeneration.from_pretrained(tiny_folder)
+    same_weights.config.vision_config.layer_norm_eps *= 10
+    with pytest.raises(ValueError, match="made by other encoders"):
+        cache.check_model(same_weights)
     cache.check_processor(processor, num_frames=NUM_FRAMES, sampling="uniform")
     with pytest.raises(ValueError, match="num_frames was 4 and is 8; .*sampling|sampling.*num_frames was 4 and is 8"):
         cache.check_processor(processor, num_frames=8, sampling="headtail")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from dictionary import Dictionary, audio_words, encode, video_words
-from encoders import DEVICE, autocast, fit
+from encoders import ATTENTION, DEVICE, autocast, fit
 from make_data import clip_name, read_scenes, stand_in
 from rearrange import rearrange
 from torch import nn
@@ -175,7 +175,9 @@ def start_branches(
     Writes the model folder `base` to `output` with its branches started from `dictionaries`; each one's last clips
     tell how well.
     """
-    model = VideoLlamaForConditionalGeneration.from_pretrained(base, dtype=torch.float32).to(DEVICE)
+    model = VideoLlamaForConditionalGeneration.from_pretrained(
+        base, dtype=torch.float32, attn_implementation=ATTENTION
+    ).to(DEVICE)
     processor = VideoLlamaProcessor.from_pretrained(base)
     work.mkdir(parents=True, exist_ok=True)
     cache = FeatureCache(features)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from encoders import DEVICE, FAST_BFLOAT16, fit
+from encoders import ATTENTION, DEVICE, FAST_BFLOAT16, fit
 from make_data import clip_name, read_scenes, stand_in
 from torch import nn
 from torch.nn import functional as F
@@ -213,8 +213,8 @@ def train_dictionaries(base: Path, data: Path, work: Path, steps: int, batch_siz
     interrupted training goes on.
     """
     model = VideoLlamaForConditionalGeneration.from_pretrained(
-        base, dtype=torch.bfloat16 if FAST_BFLOAT16 else torch.float32, attn_implementation="eager"
-    ).to(DEVICE)  # eager: for short prompts on a CPU the fastest
+        base, dtype=torch.bfloat16 if FAST_BFLOAT16 else torch.float32, attn_implementation=ATTENTION
+    ).to(DEVICE)
     processor = VideoLlamaProcessor.from_pretrained(base)
     dictionaries = nn.ModuleDict({branch: new_dictionary(branch, model, processor) for branch in BRANCHES}).to(DEVICE)
     model.requires_grad_(False)

@@ -33,9 +33,10 @@ from world import COLOURS, KINDS, SAMPLED_TIMES, SECONDS, Scene
 from transformers_videollama import VideoLlamaForConditionalGeneration, VideoLlamaProcessor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# On a GPU and on CPUs with AMX bfloat16 is the faster one; on others it takes twice as long as float32
+# On a GPU and on CPUs with instructions for it bfloat16 is the faster one; on others it takes twice as long as float32
 _CPU_HAS = getattr(torch.cpu, "get_capabilities", dict)()
-FAST_BFLOAT16 = DEVICE.type == "cuda" or bool(_CPU_HAS.get("amx_bf16"))
+FAST_BFLOAT16 = DEVICE.type == "cuda" or any(_CPU_HAS.get(name) for name in ("amx_bf16", "avx512_bf16"))
+ATTENTION = "sdpa" if DEVICE.type == "cuda" else "eager"  # of sequences as short as these; half the time on a CPU
 NOTHING = len(KINDS)  # the label of an empty frame and of silence
 UNCLEAR = -1  # several kinds in a frame, a sound that is cut off
 NUM_WINDOWS = 2  # kept of a sound's eight, which overlap by seven eighths

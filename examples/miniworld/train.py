@@ -26,6 +26,7 @@ from branches import start_branches
 from decoder import find_decoder
 from dictionary import train_dictionaries
 from encoders import (
+    ATTENTION,
     DEVICE,
     FAST_BFLOAT16,
     frame_scores,
@@ -51,6 +52,7 @@ def train_encoders(folder: Path, data: Path, options: argparse.Namespace) -> Non
     decoder = find_decoder(options.cache, with_tokenizer=True)
     processor = make_processor(decoder)
     model = make_model(decoder, options.seed)
+    model.set_attn_implementation(ATTENTION)
     work = folder.with_name("encoders")
     clips = read_clips(data, processor, work, options.seed, options.processes)
     training = {name: array[:-VALIDATION_CLIPS] for name, array in clips.items()}
@@ -133,7 +135,8 @@ def main(argv: list[str] | None = None) -> None:
             start = ("--trained_part", previous) if previous else ()
             computation = ("--use_cpu", DEVICE.type == "cpu", "--bf16", FAST_BFLOAT16)
             run("train.py", config, "--model", model, *start, "--feature_cache", features, "--output_dir", output,
-                *computation, "--merge", "true", "--resume_from_checkpoint", "last")  # fmt: skip
+                *computation, "--attn_implementation", ATTENTION, "--merge", "true",
+                "--resume_from_checkpoint", "last")  # fmt: skip
         previous = output
     export_model(options.work / STAGES[-1] / "merged", options.output)
 

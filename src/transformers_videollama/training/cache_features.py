@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
@@ -26,7 +24,7 @@ from ..video_processing_video_llama import is_frame
 from .annotations import load_annotations
 from .arguments import check_datasets
 from .feature_cache import KINDS, UNREADABLE_NAME
-from .feature_cache_writer import PROCESS_TIMEOUT, cache_features
+from .feature_cache_writer import cache_features, join_processes
 
 
 @dataclass
@@ -149,7 +147,7 @@ def parse_arguments(argv: Sequence[str]) -> CacheArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `examples/training/cache_features.py`; started by `torchrun` the processes share the work."""
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PROCESS_TIMEOUT)
+    state = join_processes()
     processor = VideoLlamaProcessor.from_pretrained(args.model)
     dtype = args.dtype or ("bfloat16" if args.bf16 else "float32")
     model = VideoLlamaForConditionalGeneration.from_pretrained(args.model, dtype=dtype).model

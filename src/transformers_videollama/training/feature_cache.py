@@ -5,7 +5,7 @@ The encoders are never trained, so that without augmentation every epoch compute
 `cache_features` has `feature_cache_writer` write them; [`FeatureCache`], here, gives them to `samples`. A cache is a
 folder:
 
-    meta.json              what it was made with: encoders (a fingerprint of their weights), sampling, settings
+    meta.json              what it was made with: encoders (a fingerprint of them), sampling, settings
     plan.jsonl             which media belong to which shard, one shard a line
     shard-00000.safetensors    "frames" (rows, num_query_tokens, width), "clips" (rows, projection_dim), "sound" (rows,
                                projection_dim), whichever kinds were asked for, and "timestamps" (rows): the frames of
@@ -44,6 +44,8 @@ ENCODERS = {
     "clips": ("audio_vision_tower",),
     "sound": ("audio_tower",),
 }
+# What decides about their computation and does not show in the names and shapes of their weights
+_ENCODER_SETTINGS = ("num_attention_heads", "hidden_act", "layer_norm_eps", "post_layer_norm_eps", "patch_stride")
 # What decides about the pixels of frames and images
 _PICTURE_SETTINGS = (
     "size", "resample", "do_resize", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std",
@@ -124,7 +126,8 @@ def read_lines(path: Path) -> list[Any]:
 
 def encoder_fingerprint(model: Model, kind: str) -> str | None:
     """
-    A hash of the weights that make the features of a kind, the same for a model loaded in float32 or in bfloat16.
+    A hash of the weights, and of the settings, that make the features of a kind, the same for a model loaded in
+    float32 or in bfloat16.
 
     Returns:
         `str`: 32 hexadecimal digits; None if the model is without these encoders (training from a cache does not need
@@ -137,6 +140,9 @@ def encoder_fingerprint(model: Model, kind: str) -> str | None:
         if part is None:
             return None
         tensors = {"": part} if isinstance(part, torch.Tensor) else part.state_dict()
+        config = getattr(part, "config", None)
+        settings = [(name, getattr(config, name)) for name in _ENCODER_SETTINGS if hasattr(config, name)]
+        digest.update(f"{part_name} {settings}".encode())
         for name, tensor in sorted(tensors.items()):
             if tensor.is_meta or isinstance(tensor, DTensor) or hasattr(tensor, "ds_id"):
                 return None

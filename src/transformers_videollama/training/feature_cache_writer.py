@@ -49,7 +49,11 @@ logger = logging.get_logger(__name__)
 
 TEMPORARY_SUFFIX = ".tmp"
 LOCK_NAME = ".lock"
-PROCESS_TIMEOUT = timedelta(days=7)  # processes wait for the slowest one at the end
+
+
+def join_processes() -> PartialState:
+    """The processes that share the work, each on its device. They wait for the slowest one at the end, days if so."""
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
 class _Media(Dataset):
@@ -174,7 +178,7 @@ def cache_features(
         ValueError: the folder holds a cache that was made differently, or is being written by another run, or the
         model is without an encoder that is needed.
     """
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PROCESS_TIMEOUT)
+    state = join_processes()
     directory = Path(directory)
     lock = FileLock(directory / LOCK_NAME)
     try:
