@@ -100,7 +100,7 @@ def test_features_are_those_of_the_encoders(cache, model, processor, media_folde
         frames = model.model.get_frame_features(pixels).last_hidden_state
         clips = model.model.get_clip_features(pixel_values_videos=pixels[None]).last_hidden_state[0]
     for kind, expected in (("frames", frames), ("clips", clips)):
-        got = cache.get(path, kind)
+        got = cache.get(path, kind, is_image=path.suffix == ".png")
         torch.testing.assert_close(got["features"], expected, atol=1e-5, rtol=1e-5)
         assert got["timestamps"] == timestamps
         assert got["has_audio"] == (name == "loud.mp4")
@@ -186,6 +186,23 @@ def test_unreadable_media_are_named_and_leave_the_others_alone(cache, media_fold
     assert "broken.mp4" in (cache.directory / "unreadable.txt").read_text()
 
 
+def test_of_a_moving_picture_the_image_and_the_video_are_kept_apart(model, processor, tmp_path):
+    path = tmp_path / "moving.gif"
+    first, *others = (Image.fromarray(frame) for frame in moving_noise(6, 48, 64))
+    first.save(path, save_all=True, append_images=others, duration=100)
+    options = {"kinds": ("frames",), "num_frames": NUM_FRAMES, "num_workers": 0}
+    media = [(str(path), "image"), (str(path), "video")]
+    for known in (media[:1], media):  # the one before is no reason not to encode the other
+        cache = cache_features(model, processor, known, tmp_path / "cache", **options)
+    image, video = (cache.get(path, "frames", is_image=is_image) for is_image in (True, False))
+    assert len(image["features"]) == 1 and image["timestamps"] is None
+    assert len(video["features"]) == NUM_FRAMES == len(video["timestamps"])
+    only_image = cache_features(model, processor, media[:1], tmp_path / "other", **options)
+    assert path in only_image
+    with pytest.raises(MediaError, match="moving.gif is not in the feature cache .* as a video"):
+        only_image.get(path, "frames")
+
+
 def test_media_that_are_not_in_it_or_were_replaced_are_refused(model, processor, media_folder, tmp_path):
     path = write_media(tmp_path / "clip.mp4", num_frames=5)
     options = {"kinds": ("frames",)}
@@ -230,7 +247,7 @@ class _Features(torch.utils.data.Dataset):
 
 
 def test_workers_read_what_the_process_reads(cache, media_folder):
-    paths = [media_folder / name for name in ("loud.mp4", "silent.mp4", "picture.png")]
+    paths = [media_folder / name for name in ("loud.mp4", "silent.mp4", "short.mp4")]
     expected = [cache.get(path, "frames")["features"] for path in paths]  # the files are open when workers start
     loader = DataLoader(_Features(cache, paths), batch_size=None, num_workers=2)
     for got, features in zip(loader, expected, strict=True):

@@ -363,7 +363,8 @@ class Cache:
     def __init__(self, entries: dict):
         self.entries = entries
 
-    def get(self, path: str, kind: str) -> dict:
+    def get(self, path: str, kind: str, is_image: bool) -> dict:
+        assert is_image == path.endswith(".png")
         return self.entries[path, kind]
 
 

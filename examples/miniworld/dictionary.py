@@ -159,7 +159,7 @@ class _WordCache:
     def __init__(self, words: dict[str, dict[str, torch.Tensor]]):
         self.words = words  # of each branch, by path
 
-    def get(self, path: str, kind: str) -> dict[str, Any]:
+    def get(self, path: str, kind: str, is_image: bool) -> dict[str, Any]:
         words = self.words["audio" if kind == "clips" else "video"][path]
         return {"features": words[None].float(), "timestamps": []}
 

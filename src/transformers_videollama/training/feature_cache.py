@@ -89,6 +89,10 @@ def hash_text(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")
 
 
+def _hash_medium(name: str, is_image: bool) -> int:
+    return hash_text(f"image {name}" if is_image else name)
+
+
 def file_size(path: str | os.PathLike) -> int | None:
     """The size of a file in bytes, by which a replaced one is known; None for what is not there, such as addresses."""
     try:
@@ -243,7 +247,7 @@ class FeatureCache:
             num_shards += 1
             frame = clip = 0
             for line in read_lines(index):
-                hashes.append(hash_text(line["path"]))
+                hashes.append(_hash_medium(line["path"], line["type"] == "image"))
                 num_frames, num_clips = line.get("frames", 0), line.get("sound", 0)
                 size = -1 if line["bytes"] is None else line["bytes"]
                 is_readable = "error" not in line
@@ -276,10 +280,10 @@ class FeatureCache:
         return sorted(self._reasons.values())
 
     def __contains__(self, path: str | os.PathLike) -> bool:
-        row = self._find(path)
-        return row is not None and bool(row[6])
+        rows = (self._find(path, is_image) for is_image in (False, True))
+        return any(row is not None and bool(row[6]) for row in rows)
 
-    def get(self, path: str | os.PathLike, kind: str) -> dict[str, Any]:
+    def get(self, path: str | os.PathLike, kind: str, is_image: bool = False) -> dict[str, Any]:
         """
         The features of a medium.
 
@@ -289,6 +293,8 @@ class FeatureCache:
                 `"clips"`: the vectors of ImageBind's vision tower for the same frames, `(frames, projection_dim)`;
                 `"sound"`: those of its audio tower for the file's own sound, `(clips, projection_dim)`, no rows if it
                 is silent.
+            is_image (`bool`, *optional*, defaults to `False`):
+                Whether it was encoded as an image and not as a video; of a GIF there may be both.
 
         Returns:
             `{"features": tensor, "timestamps": when the frames are shown, in seconds as the processor rounds them,
@@ -305,15 +311,16 @@ class FeatureCache:
                 f"The feature cache {self.directory} holds {' and '.join(kinds)}, not {kind}. Make another one with"
                 f" `--kinds {kind}`."
             )
-        row = self._find(path)
+        row = self._find(path, is_image)
         if row is None:
+            medium = "an image" if is_image else "a video"
             raise MediaError(
-                f"{os.fspath(path)} is not in the feature cache {self.directory} (of media below"
+                f"{os.fspath(path)} is not in the feature cache {self.directory} as {medium} (of media below"
                 f" {self.meta['media_root']}). Run the command that made it again with the data that names this file."
             )
         shard, first_frame, num_frames, first_clip, num_clips, size, is_readable = row.tolist()
         if not is_readable:
-            reason = self._reasons[hash_text(medium_name(path, self.meta["media_root"]))]
+            reason = self._reasons[_hash_medium(medium_name(path, self.meta["media_root"]), is_image)]
             raise MediaError(f"{reason} (found when the feature cache {self.directory} was made)")
         if file_size(path) not in (None, size):
             raise MediaError(
@@ -381,8 +388,8 @@ class FeatureCache:
                 ) from error
         return self._files[shard]
 
-    def _find(self, path: str | os.PathLike) -> np.ndarray | None:
-        wanted = np.uint64(hash_text(medium_name(path, self.meta["media_root"])))
+    def _find(self, path: str | os.PathLike, is_image: bool) -> np.ndarray | None:
+        wanted = np.uint64(_hash_medium(medium_name(path, self.meta["media_root"]), is_image))
         place = int(np.searchsorted(self._hashes, wanted))
         return self._rows[place] if place < len(self._hashes) and self._hashes[place] == wanted else None
 

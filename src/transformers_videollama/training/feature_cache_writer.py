@@ -73,7 +73,7 @@ class _Media(Dataset):
     def __getitem__(self, position: int) -> dict[str, Any]:
         key, medium_type = self.media[position]
         path = key if "://" in key else os.path.normpath(os.path.join(self.meta["media_root"], key))
-        item: dict[str, Any] = {"line": {"path": key, "bytes": file_size(path)}}
+        item: dict[str, Any] = {"line": {"path": key, "type": medium_type, "bytes": file_size(path)}}
         try:
             if medium_type == "image":
                 if self.with_pictures:
@@ -278,17 +278,18 @@ def _plan(
         text = json.dumps(meta, indent=2) + "\n"
         _replace(directory / META_NAME, lambda path: path.write_text(text, encoding="utf-8"))
 
-    failed: dict[str, bool] = {}
-    known: dict[str, Any] = {}  # every planned medium, and the size it had if it is done
+    failed: dict[tuple[str, str], bool] = {}
+    known: dict[tuple[str, str], Any] = {}  # every planned medium, and the size it had if it is done
     for line in plan:
         index = shard_path(directory, line["shard"], ".jsonl")
-        known.update((key, "planned") for key, _ in line["media"])
+        known.update(((name, medium_type), "planned") for name, medium_type in line["media"])
         if index.exists():
             for entry in read_lines(index):
-                known[entry["path"]], failed[entry["path"]] = entry["bytes"], "error" in entry
+                key = entry["path"], entry["type"]
+                known[key], failed[key] = entry["bytes"], "error" in entry
     new = []
     for path, medium_type in media:
-        key = medium_name(path, meta["media_root"])
+        key = medium_name(path, meta["media_root"]), medium_type
         # What is gone keeps its features; what has another size than it had was replaced
         is_done = key in known and known[key] != "planned"
         is_outdated = is_done and (
@@ -296,7 +297,7 @@ def _plan(
         )
         if key not in known or is_outdated:
             known[key] = "planned"
-            new.append((key, medium_type))
+            new.append(key)
     shards = [new[start : start + media_per_shard] for start in range(0, len(new), media_per_shard)]
     if shards:
         plan += [{"shard": len(plan) + number, "media": shard} for number, shard in enumerate(shards)]

@@ -41,12 +41,13 @@ class SampleError(ValueError):
 class FeatureCache(Protocol):
     """What [`SampleBuilder`] reads in place of media."""
 
-    def get(self, path: str, kind: str) -> dict[str, Any]:
+    def get(self, path: str, kind: str, is_image: bool) -> dict[str, Any]:
         """
         Args:
             path: the medium, as in the row.
             kind: `"frames"` for the image Q-Former's output (frames, num_query_tokens, width), `"clips"` for
                 ImageBind's vectors of the frames (frames, projection_dim).
+            is_image: whether the medium is shown as an image.
 
         Returns:
             `"features"`, such a tensor, and `"timestamps"`, the seconds of the frames to one decimal, or None.
@@ -208,7 +209,7 @@ class SampleBuilder:
         """Frames (T, 3, H, W) or their features (T, …), and the seconds of a video's frames."""
         if self.feature_cache is not None:
             try:
-                cached = self.feature_cache.get(path, "clips" if kind == "audio" else "frames")
+                cached = self.feature_cache.get(path, "clips" if kind == "audio" else "frames", is_image)
             except (MediaError, OSError) as error:
                 raise SampleError(str(error), path) from error
             except KeyError as error:
