@@ -35,7 +35,7 @@ PHASES = (
     (BRANCHES[:1], ("conversations",), 0.3),
     (BRANCHES, ("conversations", *["audio-conversations"] * 3), 0.7),
 )
-_BUCKETS = 4  # a batch's conversations are of about one length: those of one of so many parts of a larger draw
+_BUCKETS = 16  # a batch's conversations are of about one length: those of one of so many parts of a larger draw
 _NUMBERS = (NOTHING, "one", "two", "three")
 _MOTIONS = {
     **{direction: direction for direction in DIRECTIONS},

@@ -705,25 +705,39 @@ def _trained_parts(model: Any) -> list[str]:
     return [part for part in PARTS if any(name.startswith(f"model.{part}.") for name in names)]
 
 
+class _TakePart(torch.autograd.Function):
+    """The first argument as it is; all others, parameters, get gradients of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs_embeds: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.parameters = [(parameter.shape, parameter.dtype) for parameter in parameters]
+        return inputs_embeds.clone()  # no view, of which a compiled decoder would make another graph
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        (gradient,) = gradients
+        # One number for all of a format, because on a GPU every tensor made takes time
+        zeros = {dtype: gradient.new_zeros((), dtype=dtype) for _, dtype in ctx.parameters}
+        return gradient, *(zeros[dtype].expand(shape) for shape, dtype in ctx.parameters)
+
+
 def _let_all_parts_take_part(model: Any) -> None:
     """
     Has every trained parameter get a gradient at every step, of zero where a batch has no media for its part: without
     one a text alone could not be trained on, and processes that share gradients would wait for each other for ever.
-    The zero is added to what the decoder reads, so that the gradient passes through the decoder on every process as
-    well.
+    They are tied to what the decoder reads, so that the gradient passes through the decoder on every process as well.
     """
     base = model.model
     parts = [part for name, part in base.named_children() if name != "language_model"]
     trained = [part for part in parts if any(parameter.requires_grad for parameter in part.parameters())]
 
-    def add_nothing(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def take_part(decoder: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         if not (base.training and torch.is_grad_enabled()):
             return None
         # Asked for at every call, because FSDP puts other tensors in their places
         parameters = [*base.parameters(recurse=False), *(p for part in trained for p in part.parameters())]
-        # One number of each, as a sum of many may be infinite
-        nothing = sum(0 * parameter.flatten()[0] for parameter in parameters if parameter.requires_grad)
-        return args, {**kwargs, "inputs_embeds": kwargs["inputs_embeds"] + nothing}
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        return args, {**kwargs, "inputs_embeds": _TakePart.apply(kwargs["inputs_embeds"], *parameters)}
 
     if trained:
-        base.language_model.register_forward_pre_hook(add_nothing, with_kwargs=True)
+        base.language_model.register_forward_pre_hook(take_part, with_kwargs=True)
