@@ -2,6 +2,7 @@
 ask, measure."""
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,8 @@ import dictionary
 import encoders
 import evaluate
 import make_data
+import train as train_command
+from filelock import FileLock
 from language import QA, caption, questions
 from model_file import export_model, load_model
 from pictures import make_pictures
@@ -296,6 +299,29 @@ def test_evaluation_goes_on_and_asks_what_a_user_would(chain, tmp_path, capsys):
         shuffled = asked.shown_frames(question.clip, "shuffled", 1)
         assert sorted(map(str, shuffled.float().tolist())) == sorted(map(str, frames.float().tolist()))
         assert (asked.shown_frames(question.clip, "first frame", 1) == frames[0]).all()
+
+
+def test_one_command_trains_it_all_and_goes_on_where_it_stopped(chain, tmp_path, capsys):
+    work, output = tmp_path / "work", tmp_path / "model"
+    shutil.copytree(chain["cache"] / "smollm2-135m-instruct", work / "smollm2-135m-instruct")
+    sizes = {"clips": 20, "pictures": 16, "frame-batch-size": 4, "sound-batch-size": 4, "branch-batch-size": 4}
+    sizes |= {f"{name}-steps": 2 for name in ("frame", "sound", "dictionary", "branch", "stage")}
+    arguments = [str(part) for name, value in sizes.items() for part in (f"--{name}", value)]
+    arguments += ["--work", str(work), "--output", str(output), "--processes", "1"]
+    train_command.main(arguments)
+    assert "sounds whose nearest frames are right" in capsys.readouterr().out
+    expected = load_file(output / "model.safetensors")
+    for stage in ("video_stage1", "video_stage2", "audio_stage2", "both_branches"):
+        state = json.loads((work / stage / "checkpoint-2" / "trainer_state.json").read_text())
+        assert state["global_step"] == 2
+    for folder in (work / "both_branches", output):
+        shutil.rmtree(folder)
+    train_command.main(arguments)
+    found = load_file(output / "model.safetensors")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    with FileLock(work / ".lock"), pytest.raises(SystemExit):
+        train_command.main(arguments)
+    assert "another run is training" in capsys.readouterr().err
 
 
 def test_questions_are_balanced_and_more_of_them_keep_those_of_fewer():

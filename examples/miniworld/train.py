@@ -35,6 +35,7 @@ from encoders import (
     train_frame_encoder,
     train_imagebind,
 )
+from filelock import FileLock, Timeout
 from make_data import make_data
 from model_file import export_model
 from pictures import make_pictures
@@ -44,7 +45,7 @@ HERE = Path(__file__).resolve().parent
 TRAINING = HERE.parent / "training"
 STAGES = ("video_stage1", "video_stage2", "audio_stage1", "audio_stage2", "both_branches")
 BESIDE = {"audio_stage1": "video_stage2", "both_branches": "audio_stage2"}  # stages that begin with a finished model
-VALIDATION_CLIPS = 200  # the last ones, on which encoders and the start of branches are not trained
+VALIDATION_CLIPS = 200  # the last ones, a tenth at most, on which encoders and the start of branches are not trained
 
 
 def train_encoders(folder: Path, data: Path, options: argparse.Namespace) -> None:
@@ -55,8 +56,8 @@ def train_encoders(folder: Path, data: Path, options: argparse.Namespace) -> Non
     model.set_attn_implementation(ATTENTION)
     work = folder.with_name("encoders")
     clips = read_clips(data, processor, work, options.seed, options.processes)
-    training = {name: array[:-VALIDATION_CLIPS] for name, array in clips.items()}
-    validation = slice(-VALIDATION_CLIPS, None)
+    training = {name: array[: -options.validation_clips] for name, array in clips.items()}
+    validation = slice(-options.validation_clips, None)
     pictures = make_pictures(work, options.pictures, processor, options.seed, options.processes)
     heads = train_frame_encoder(
         model, processor, training, pictures, work, options.frame_steps, options.frame_batch_size, options.seed
@@ -80,28 +81,9 @@ def run(script: str, *arguments: object) -> None:
     subprocess.run(command, check=True)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--work", type=Path, default=Path(".cache/miniworld"), help="where everything is kept meanwhile"
-    )
-    parser.add_argument("--output", type=Path, default=HERE / "model", help="where the trained model is written")
-    parser.add_argument("--clips", type=int, default=20000, help="clips to train on")
-    parser.add_argument("--pictures", type=int, default=48000, help="pictures to train the frame encoder on")
-    parser.add_argument("--frame-steps", type=int, default=3600, help="steps of the frame encoder's training")
-    parser.add_argument("--frame-batch-size", type=int, default=32)
-    parser.add_argument("--sound-steps", type=int, default=700, help="steps of ImageBind's training")
-    parser.add_argument("--sound-batch-size", type=int, default=64)
-    parser.add_argument("--dictionary-steps", type=int, default=2000, help="steps of the dictionaries' training")
-    parser.add_argument("--dictionary-batch-size", type=int, default=16)
-    parser.add_argument("--branch-steps", type=int, default=4000, help="steps that start a branch, twice for video")
-    parser.add_argument("--branch-batch-size", type=int, default=64)
-    parser.add_argument("--processes", type=int, default=2, help="processes that render and read clips")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(argv)
-    options.cache = options.work
+def train(options: argparse.Namespace) -> None:
+    """All stations, each from where it was interrupted."""
     torch.set_num_threads(options.processes)
-
     data, base, features = options.work / "data", options.work / "base", options.work / "features"
     if not (data / "train-audio-conversations.jsonl").exists():
         make_data(data, "train", options.clips, options.seed, options.processes)
@@ -119,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
         )  # fmt: skip
         start_branches(
             base, started, data, features, options.work / "branches", dictionaries, options.branch_steps,
-            options.branch_batch_size, options.seed, VALIDATION_CLIPS,
+            options.branch_batch_size, options.seed, options.validation_clips,
         )  # fmt: skip
 
     previous = None
@@ -134,11 +116,44 @@ def main(argv: list[str] | None = None) -> None:
             config.write_text(datasets.replace("<data>", str(data)), encoding="utf-8")
             start = ("--trained_part", previous) if previous else ()
             computation = ("--use_cpu", DEVICE.type == "cpu", "--bf16", FAST_BFLOAT16)
+            steps = ("--max_steps", options.stage_steps) if options.stage_steps else ()
             run("train.py", config, "--model", model, *start, "--feature_cache", features, "--output_dir", output,
-                *computation, "--attn_implementation", ATTENTION, "--merge", "true",
+                *computation, *steps, "--attn_implementation", ATTENTION, "--merge", "true",
                 "--resume_from_checkpoint", "last")  # fmt: skip
         previous = output
     export_model(options.work / STAGES[-1] / "merged", options.output)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--work", type=Path, default=Path(".cache/miniworld"), help="where everything is kept meanwhile"
+    )
+    parser.add_argument("--output", type=Path, default=HERE / "model", help="where the trained model is written")
+    parser.add_argument("--clips", type=int, default=20000, help="clips to train on")
+    parser.add_argument("--pictures", type=int, default=48000, help="pictures to train the frame encoder on")
+    parser.add_argument("--frame-steps", type=int, default=3600, help="steps of the frame encoder's training")
+    parser.add_argument("--frame-batch-size", type=int, default=32)
+    parser.add_argument("--sound-steps", type=int, default=700, help="steps of ImageBind's training")
+    parser.add_argument("--sound-batch-size", type=int, default=64)
+    parser.add_argument("--dictionary-steps", type=int, default=2000, help="steps of the dictionaries' training")
+    parser.add_argument("--dictionary-batch-size", type=int, default=16)
+    parser.add_argument("--branch-steps", type=int, default=4000, help="steps that start a branch, twice for video")
+    parser.add_argument("--branch-batch-size", type=int, default=64)
+    parser.add_argument("--stage-steps", type=int, help="steps of each later stage, in place of those in `stages/`")
+    parser.add_argument("--processes", type=int, default=2, help="processes that render and read clips")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(argv)
+    options.cache = options.work
+    options.validation_clips = min(VALIDATION_CLIPS, options.clips // 10)
+    options.work.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(options.work / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        parser.error(f"another run is training in {options.work}: wait for it, or give another folder as --work.")
+    with lock:
+        train(options)
 
 
 if __name__ == "__main__":
