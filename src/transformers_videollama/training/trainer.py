@@ -710,15 +710,15 @@ class _TakePart(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs_embeds: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        ctx.parameters = [(parameter.shape, parameter.dtype) for parameter in parameters]
+        ctx.parameters = [(parameter.shape, (parameter.dtype, parameter.device)) for parameter in parameters]
         return inputs_embeds.clone()  # no view, of which a compiled decoder would make another graph
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
         (gradient,) = gradients
-        # One number for all of a format, because on a GPU every tensor made takes time
-        zeros = {dtype: gradient.new_zeros((), dtype=dtype) for _, dtype in ctx.parameters}
-        return gradient, *(zeros[dtype].expand(shape) for shape, dtype in ctx.parameters)
+        # One number for all of a format and device, because on a GPU every tensor made takes time
+        zeros = {key: torch.zeros((), dtype=key[0], device=key[1]) for _, key in ctx.parameters}
+        return gradient, *(zeros[key].expand(shape) for shape, key in ctx.parameters)
 
 
 def _let_all_parts_take_part(model: Any) -> None:
