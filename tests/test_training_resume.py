@@ -242,6 +242,22 @@ def test_going_on_from_an_older_checkpoint_leaves_the_newer_ones_behind(tmp_path
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("max_steps", [7, 3])
+def test_a_run_that_is_done_is_left_as_it_is(max_steps: int, streaming: bool, tmp_path: Path) -> None:
+    settings = {"streaming": streaming, "save_strategy": "steps", "save_steps": 7, "data": tmp_path}
+    run = tmp_path / "run"
+    done = make_trainer(run, max_steps=7, **settings)  # of five steps an epoch
+    done.train()
+    done.save_model()
+    files = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    again = make_trainer(run, max_steps=max_steps, **settings)
+    assert again.train(resume_from_checkpoint="last").global_step == 7
+    again.save_model()
+    assert losses(again) == losses(done) and len(losses(done)) == 7
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == files
+
+
 def test_samples_grouped_by_length_come_in_the_same_order_when_resumed(tmp_path: Path) -> None:
     settings = {
         "train_sampling_strategy": "group_by_length",
@@ -270,8 +286,26 @@ def test_what_cannot_be_resumed_is_refused(tmp_path: Path) -> None:
     model = make_model()
     model.set_trainable("audio")
     other = make_trainer(tmp_path / "run", model=model, max_steps=4)
+    for checkpoint in ("last", tmp_path / "run" / "checkpoint-2"):
+        with pytest.raises(ValueError, match="trained other parameters"):
+            other.train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_refused_checkpoint_leaves_the_later_ones_in_their_places(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    make_trainer(run, max_steps=2, save_strategy="steps", save_steps=1).train()
+    model = make_model()
+    model.set_trainable("audio")
     with pytest.raises(ValueError, match="trained other parameters"):
-        other.train(resume_from_checkpoint="last")
+        make_trainer(run, model=model).train(resume_from_checkpoint=run / "checkpoint-1")
+    assert find_last_checkpoint(run) == run / "checkpoint-2"
+
+
+def test_a_checkpoint_of_the_model_alone_is_not_resumed_from(tmp_path: Path) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True}
+    make_trainer(tmp_path / "run", max_steps=2, **settings).train()
+    with pytest.raises(ValueError, match=r"saved with `save_only_model`.*--trained_part .*checkpoint-2"):
+        make_trainer(tmp_path / "run", max_steps=4, **settings).train(resume_from_checkpoint="last")
 
 
 def test_a_stream_is_not_resumed_from_a_run_that_did_not_stream(tmp_path: Path) -> None:

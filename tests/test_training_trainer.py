@@ -364,9 +364,22 @@ def test_an_adapter_of_another_shape_is_refused(saved_model: Path, tmp_path: Pat
     trainer = make_trainer(tmp_path / "run", model=load_with_adapter(saved_model), max_steps=1)
     trainer.train()
     trainer._save_checkpoint(trainer.model, None)
+    for settings, message in (
+        ({"lora_r": 2, "lora_target_modules": ["k_proj"]}, r"k_proj\.lora_A\.weight is missing there and of shape"),
+        ({"lora_r": 3}, r"q_proj\.lora_A\.weight is of shape \(2, \d+\) there and of shape \(3, \d+\) here"),
+    ):
+        model = VideoLlamaForConditionalGeneration.from_pretrained(saved_model)
+        model.set_trainable("video")
+        add_adapter(model, ModelArguments(model="m", **settings))
+        trainer = make_trainer(tmp_path / "run", model=model, max_steps=2)
+        with pytest.raises(ValueError, match=f"adapter in .*checkpoint-1 does not fit.*{message}"):
+            trainer.train(resume_from_checkpoint="last")
+
+
+def test_an_adapter_is_not_begun_in_the_middle_of_a_run(saved_model: Path, tmp_path: Path) -> None:
     model = VideoLlamaForConditionalGeneration.from_pretrained(saved_model)
     model.set_trainable("video")
-    add_adapter(model, ModelArguments(model="m", lora_r=2, lora_target_modules=["k_proj"]))
-    trainer = make_trainer(tmp_path / "run", model=model, max_steps=2)
-    with pytest.raises(ValueError, match="adapter in .*checkpoint-1 does not fit"):
+    make_trainer(tmp_path / "run", model=model, max_steps=1, save_strategy="steps", save_steps=1).train()
+    trainer = make_trainer(tmp_path / "run", model=load_with_adapter(saved_model), max_steps=2)
+    with pytest.raises(ValueError, match="checkpoint-1 holds no adapter .* use no `lora_r`"):
         trainer.train(resume_from_checkpoint="last")

@@ -87,6 +87,7 @@ class VideoLlamaTrainer(Trainer):
                 layer.compile(dynamic=True)
         self._throughput = _Throughput()
         self._num_batches_done = 0  # of a stream, before the checkpoint that is resumed from
+        self._chosen_checkpoint: Path | None = None  # to resume from, where it is not the last one
         self.add_callback(_DataEpochCallback(self))
         if any(isinstance(callback, ProgressCallback) for callback in self.callback_handler.callbacks):
             self.remove_callback(ProgressCallback)
@@ -282,9 +283,10 @@ class VideoLlamaTrainer(Trainer):
                 `True` or `"last"` for the newest complete checkpoint in `args.output_dir`, or a checkpoint's folder.
 
         Raises:
-            ValueError: if there is no such checkpoint, or if it is damaged.
+            ValueError: if there is no such checkpoint, if it is damaged, or if it holds the model alone.
         """
         output_dir = Path(self.args.output_dir)
+        self._chosen_checkpoint = None
         if self.args.should_save:
             remove_leftovers(output_dir)
         self.accelerator.wait_for_everyone()
@@ -297,10 +299,14 @@ class VideoLlamaTrainer(Trainer):
             damage = find_damage(checkpoint) if checkpoint.is_dir() else "there is no such folder"
             if damage is not None:
                 raise ValueError(f"Cannot resume from {checkpoint}: {damage}. Resume from another, or from `last`.")
-            if self.args.should_save:
-                set_aside_later_checkpoints(output_dir, checkpoint)
+            self._chosen_checkpoint = checkpoint
         else:
             checkpoint = None
+        if checkpoint is not None and not (checkpoint / SCHEDULER_NAME).is_file():
+            raise ValueError(
+                f"Cannot resume from {checkpoint}: it was saved with `save_only_model`, without the optimizer. Start "
+                f"another run from what it trained with `--trained_part {checkpoint}`."
+            )
         self._num_batches_done = 0
         if isinstance(self.train_dataset, IterableDataset) and hasattr(self.train_dataset, "load_position"):
             self.train_dataset.load_position(None if checkpoint is None else self._read_position(checkpoint))
@@ -367,12 +373,22 @@ class VideoLlamaTrainer(Trainer):
                 if parameter.dim() == 0:  # a frozen scale: DeepSpeed cannot send what has no dimension
                     parameter.data = parameter.data.reshape(1)
         if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        # The library would look for the frozen parameters in DeepSpeed's checkpoint, too
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
-        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        else:
+            # The library would look for the frozen parameters in DeepSpeed's checkpoint, too
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+            deepspeed_load_checkpoint(self.model_wrapped, resume_from_checkpoint, load_module_strict=False)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        if self._chosen_checkpoint is not None and self.args.should_save:  # it fits, and the training goes on from it
+            set_aside_later_checkpoints(Path(self.args.output_dir), self._chosen_checkpoint)
         return prepared
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The library's, unless all steps are done: it looks for that after a step, and would take one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """
@@ -653,17 +669,24 @@ def load_adapter_weights(model: Any, folder: str | os.PathLike) -> None:
     """Loads the weights of a saved adapter onto the one that the model has."""
     from peft.utils import load_peft_weights, set_peft_model_state_dict
 
-    weights = load_peft_weights(str(folder), device="cpu")
+    if not (Path(folder) / ADAPTER_WEIGHTS_NAME).is_file():
+        raise ValueError(f"{folder} holds no adapter for the one that the model has: use no `lora_r`, as its run did.")
     prefix = "base_model.model."
-    result = set_peft_model_state_dict(
-        model, {name.removeprefix(prefix): tensor for name, tensor in weights.items()}, adapter_name=ADAPTER_NAME
-    )
-    missing = [name for name in result.missing_keys if ".lora_" in name]
-    if missing or result.unexpected_keys:
+    weights = load_peft_weights(str(folder), device="cpu")
+    weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    held = {name: tensor.shape for name, tensor in model.get_adapter_state_dict(ADAPTER_NAME).items()}
+    found = {name: tensor.shape for name, tensor in weights.items()}
+    wrong = sorted(name for name in held.keys() | found.keys() if held.get(name) != found.get(name))
+    if wrong:
         raise ValueError(
-            f"The adapter in {folder} does not fit this model's: {(missing + list(result.unexpected_keys))[0]} "
-            "differs. Use the `lora_…` arguments that it was trained with."
+            f"The adapter in {folder} does not fit this model's: {wrong[0]} is {_shape(found.get(wrong[0]))} there "
+            f"and {_shape(held.get(wrong[0]))} here. Use the `lora_…` arguments that it was trained with."
         )
+    set_peft_model_state_dict(model, weights, adapter_name=ADAPTER_NAME)
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "missing" if shape is None else f"of shape {tuple(shape)}"
 
 
 def _without_local_base(path: Path) -> Path | bytes:
