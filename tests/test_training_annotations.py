@@ -258,7 +258,11 @@ def chat(*messages) -> str:
     ("format", "content", "place", "reason"),
     [
         ("webvid", "videoid,caption,page_dir\n1,cat,x\n", ":2", "'name' is missing; there is 'videoid', 'caption'"),
-        ("webvid", HEADER + "1,cat,x\n2,cat\n", ":3", "'page_dir' is missing"),
+        ("webvid", HEADER + "1,cat,x\n2,cat\n", ":3", "this row has 2 cells, but the header 3"),
+        ("webvid", HEADER + "1,x\n\n2,a dog, running,x\n", ":2", "this row has 2 cells, but the header 3"),
+        ("webvid", HEADER + "1,cat,x\n\n2,a dog, running,x\n", ":4", "4 cells, but the header 3. Texts with a comma"),
+        ("webvid", HEADER + '1,cat,x\n2,"open,x\n3,cat,x\n', ":3", "the row that begins here is not CSV"),
+        ("webvid", HEADER + '1,cat,x\n2,"open,x\n3,"cat",x\n', ":3", "the row that begins here is not CSV"),
         ("webvid", HEADER + "1,cat,x\n2, ,x\n", ":3", "'name' is empty"),
         ("webvid", HEADER + "1,cat,../../etc\n", ":2", "leads out of the media folder"),
         ("webvid", HEADER + "1,cat,/etc\n", ":2", "leads out of the media folder"),
@@ -297,6 +301,7 @@ def chat(*messages) -> str:
         ("videochat", [{"video": "a/../../1.mp4", "QA": []}], "[0]", "leads out of the media folder"),
         ("chat", chat(("user", "a"), ("assistant", "b")) + "\n{'messages': 3}\n", ":2", "not JSON"),
         ("chat", "[]", ":1", "expected an object with 'messages', found []"),
+        ("chat", '{"messages": null}', ":1", "'messages' is null"),
         ("chat", '{"conversation": []}', ":1", "'messages' is missing; there is 'conversation'"),
         ("chat", chat(("user", "a"), ("bot", "b")), ":1", "the role 'bot' is not known"),
         ("chat", chat(("user", "a"), ("system", "b"), ("assistant", "c")), ":1", "have to alternate"),
@@ -306,6 +311,8 @@ def chat(*messages) -> str:
         ("chat", chat(("user", [{"type": "smell", "path": "a"}]), ("assistant", "b")), ":1", "'smell'"),
         ("chat", chat(("user", [{"type": "video"}]), ("assistant", "b")), ":1", "names its file under 'path'"),
         ("chat", chat(("user", [{"type": "input_audio", "input_audio": {"data": ""}}]), ("assistant", "b")), ":1", "'input_audio'"),
+        ("chat", chat(("user", [{"type": "video", "base64": "AA"}]), ("assistant", "b")), ":1", "'base64'"),
+        ("chat", chat(("user", "a"), ("assistant", "b \ud83c")), ":1", "half of a character, \\ud83c alone"),
         ("chat", chat(("user", [3]), ("assistant", "b")), ":1", "a string or an object, not 3"),
         ("chat", chat(("user", 3), ("assistant", "b")), ":1", "'content' has to be of type str or list, not int"),
     ],
@@ -313,11 +320,16 @@ def chat(*messages) -> str:
 def test_bad_files_are_refused_with_the_place(tmp_path, format, content, place, reason):
     file = write(tmp_path / "file.txt", content)
     for streaming in (False, True):
-        if streaming and reason == "no rows":
-            continue
         with pytest.raises(AnnotationError) as error:
             list(load_annotations(format, file, "/media", streaming))
         assert str(error.value).startswith(f"{file}{place}: ") and reason in str(error.value), error.value
+
+
+def test_a_table_in_another_encoding_is_refused_with_the_line(tmp_path):
+    rows = [HEADER.encode(), *[f"{i},a cat,x\n".encode() for i in range(999)], "1000,café,x\n".encode("latin-1")]
+    (tmp_path / "file.csv").write_bytes(b"".join(rows))
+    with pytest.raises(AnnotationError, match=r"file.csv:1001: .*UTF-8"):
+        load_annotations("webvid", tmp_path / "file.csv")
 
 
 @pytest.mark.parametrize("format", ["webvid", "minigpt4", "llava_instruct", "chat"])
@@ -333,6 +345,9 @@ def test_missing_files_and_unknown_formats_are_refused(tmp_path):
             load_annotations("webvid", files)
     with pytest.raises(FileNotFoundError, match=r"no\.jsonl"):
         load_annotations("chat", tmp_path / "no.jsonl")
+    for name in (tmp_path / "absent", "a/b/absent"):  # no name that a data set on the Hub could have
+        with pytest.raises(FileNotFoundError, match="no annotation file or folder .*absent"):
+            load_annotations("chat", name)
     with pytest.raises(ValueError, match="webvid, llava_cc3m"):
         load_annotations("coco", "x")
 

@@ -236,6 +236,11 @@ def _from_path(path: str, name: str) -> OpenedMedia:
     return OpenedMedia(name, path=os.path.abspath(path))
 
 
+def is_address(name: str) -> bool:
+    """Whether a medium is named by an address, of whatever scheme, and not by a path."""
+    return "://" in name or name.startswith("data:")
+
+
 def decode_data_uri(uri: str) -> bytes:
     """The bytes that a `data:` URI holds. Raises `MediaError` where it holds none."""
     header, comma, body = uri.partition(",")

@@ -14,6 +14,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from ..media import is_address
 from ..processing_video_llama import read_content_entry
 from .captions import clean_caption
 
@@ -65,8 +66,7 @@ def load_annotations(
     | `llava_cc3m`, `minigpt4` | JSON `{"annotations": [{"image_id", "caption"}]}` | `image/<image_id>.jpg` |
     | `llava_instruct` | JSON `[{"image", "conversations": [{"from": "human" or "gpt", "value"}]}]` | `<image>` |
     | `videochat` | JSON `[{"video", "QA": [{"i", "q", "a"}]}]` | `<video>` |
-    | `chat` | JSONL `{"messages": […]}`, a folder of `Dataset.save_to_disk`, or a dataset on the Hub | in the messages
-    |
+    | `chat` | JSONL `{"messages": […]}`, a folder of `save_to_disk`, or a dataset on the Hub | in the messages |
 
     A caption is the answer to a medium without words. WebVid's and CC3M's are cleaned ([`clean_caption`]). In LLaVA's
     conversations `<image>` marks the place of the image; without `image` there is text alone. VideoChat's instruction
@@ -96,6 +96,8 @@ def load_annotations(
         return _load_chat_dataset(os.fspath(annotations), root, streaming)
     files = _find_files(annotations)
     if streaming:
+        if next(_read_files(format, files, root), None) is None:
+            raise _no_rows(", ".join(files))
         return IterableDataset.from_generator(
             _read_files, features=annotation_features(), gen_kwargs={"format": format, "files": files, "root": root}
         )
@@ -122,8 +124,12 @@ def _to_dataset(rows: Iterable[Row], name: str) -> "Dataset":
     # Chunk by chunk, because Arrow's tables take a fraction of the memory of Python's objects
     tables = [pa.Table.from_pylist(chunk, schema) for chunk in iter(lambda: list(islice(rows, _CHUNK_ROWS)), [])]
     if not tables:
-        raise AnnotationError(f"{name}: there are no rows. Was the file written completely?")
+        raise _no_rows(name)
     return Dataset(pa.concat_tables(tables))
+
+
+def _no_rows(name: str) -> AnnotationError:
+    return AnnotationError(f"{name}: there are no rows. Was the file written completely?")
 
 
 def _read_files(format: str, files: list[str], root: str | None) -> Iterator[Row]:
@@ -139,6 +145,7 @@ def _to_row(to_messages: Callable[[Any, str], list[Row]], entry: Any, root: str,
     try:
         messages = to_messages(entry, root)
         _check_turns(messages)
+        _check_characters(messages)
     except ValueError as error:
         raise AnnotationError(f"{place}: {error}") from error
     return {"messages": messages, "source": place}
@@ -154,12 +161,41 @@ def _chat_row(entry: Row, index: int, name: str, root: str) -> Row:
 
 def _read_csv(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
     with open(file, encoding="utf-8-sig", newline="") as lines:
-        reader = csv.DictReader(lines)
+        # Strict, because a quote that is left open would otherwise take all rows up to the next one for its text
+        rows = csv.reader(lines, strict=True)
+        start = 1
         try:
-            for entry in reader:
-                yield f"{file}:{reader.line_num}", entry
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise AnnotationError(f"{file}:{reader.line_num + 1}: this is not CSV in UTF-8: {error}.") from error
+            header = next(rows, [])
+            start = rows.line_num + 1
+            for cells in rows:
+                place = f"{file}:{rows.line_num}"
+                if cells and len(cells) != len(header):
+                    raise AnnotationError(
+                        f"{place}: this row has {len(cells)} cells, but the header {len(header)}. Texts with a comma "
+                        'stand in quotes: "a dog, running".'
+                    )
+                if cells:
+                    yield place, dict(zip(header, cells, strict=True))
+                start = rows.line_num + 1
+        except csv.Error as error:
+            raise AnnotationError(f"{file}:{start}: the row that begins here is not CSV: {error}.") from error
+        except UnicodeDecodeError as error:
+            line = _first_line_that_is_not_utf8(file)
+            raise AnnotationError(f"{file}:{line}: this is not CSV in UTF-8: {error}.") from error
+
+
+def _first_line_that_is_not_utf8(file: str) -> int:
+    """By its number: files are decoded in blocks, whose errors name no line."""
+    with open(file, "rb") as lines:
+        return next(number for number, line in enumerate(lines, start=1) if not _is_utf8(line))
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _read_jsonl(file: str) -> Iterator[tuple[str, Any]]:
@@ -361,6 +397,8 @@ def _chat_entry(part: Any, root: str) -> Row:
         raise ValueError(f"a content entry is a string or an object, not {part!r:.80}.")
     if isinstance(part, dict) and part.get("type") == "input_audio":
         raise ValueError("sounds of the form 'input_audio' are not read; give a file by its 'path'.")
+    if isinstance(part, dict) and part.get("base64") is not None:
+        raise ValueError("media in 'base64' are not read; give a file by its 'path', or a data: address as 'url'.")
     part = read_content_entry(part)
     if part["type"] == "text":
         return _words(_field(part, "text", str))
@@ -369,8 +407,7 @@ def _chat_entry(part: Any, root: str) -> Row:
         raise ValueError(
             f"an entry of type {part['type']!r} names its file under 'path' (or 'url'), not {source!r:.80}."
         )
-    is_address = "://" in source or source.startswith("data:")
-    return _medium(part["type"], source if is_address else os.path.join(root, source))
+    return _medium(part["type"], source if is_address(source) else os.path.join(root, source))
 
 
 _READERS: dict[str, tuple[Callable[[str], Iterator[tuple[str, Any]]], Callable[[Any, str], list[Row]]]] = {
@@ -403,8 +440,10 @@ def _field(entry: Any, name: str, kind: type | tuple[type, ...]) -> Any:
     if not isinstance(entry, dict):
         raise ValueError(f"expected an object with {name!r}, found {entry!r:.80}.")
     value = entry.get(name)
-    if value is None:
+    if name not in entry:
         raise ValueError(f"{name!r} is missing; there is {', '.join(map(repr, entry)) or 'nothing'}.")
+    if value is None:
+        raise ValueError(f"{name!r} is null.")
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(value, kinds) or isinstance(value, bool):
         expected = " or ".join(one.__name__ for one in kinds)
@@ -426,6 +465,17 @@ def _inside(root: str, path: str) -> str:
             f"the path {path!r} leads out of the media folder; expected one relative to it, without '..'."
         )
     return os.path.join(root, path)
+
+
+def _check_characters(messages: list[Row]) -> None:
+    for text in (entry[name] for message in messages for entry in message["content"] for name in ("text", "path")):
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"there is half of a character, \\u{ord(text[error.start]):04x} alone, in {text!a:.80}: characters "
+                "past \\uffff are two such halves in JSON."
+            ) from error
 
 
 def _check_turns(messages: list[Row]) -> None:
@@ -458,7 +508,7 @@ def _is_jsonl(name: str) -> bool:
 
 
 def _load_chat_dataset(name: str, root: str | None, streaming: bool) -> "Dataset | IterableDataset":
-    from datasets import Dataset, load_dataset, load_from_disk
+    from datasets import Dataset, load_from_disk
 
     dataset: Any
     if os.path.isfile(os.path.join(name, "dataset_dict.json")):
@@ -469,7 +519,7 @@ def _load_chat_dataset(name: str, root: str | None, streaming: bool) -> "Dataset
     elif os.path.isfile(os.path.join(name, "state.json")):
         dataset = load_from_disk(name)
     else:
-        dataset = load_dataset(name, split="train", streaming=streaming)
+        dataset = _load_dataset(name, streaming)
     columns = dataset.column_names
     if columns is not None and "messages" not in columns:
         raise AnnotationError(f"{name}: there is no column 'messages', only {', '.join(columns)}.")
@@ -480,3 +530,21 @@ def _load_chat_dataset(name: str, root: str | None, streaming: bool) -> "Dataset
     if isinstance(dataset, Dataset):
         dataset = dataset.to_iterable_dataset()
     return dataset.map(convert, with_indices=True, features=annotation_features())
+
+
+def _load_dataset(name: str, streaming: bool) -> "Dataset | IterableDataset":
+    """The split "train" of a folder of files, or of a data set on the Hub."""
+    from datasets import load_dataset
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if os.path.isdir(name):
+        return load_dataset(name, split="train", streaming=streaming)
+    try:
+        validate_repo_id(name)  # a path to what is not there is seldom a name that the Hub could know
+        return load_dataset(name, split="train", streaming=streaming)
+    except (HFValidationError, ConnectionError, FileNotFoundError) as error:
+        raise FileNotFoundError(
+            f"There is no annotation file or folder {name} (looked for it from {os.getcwd()}), nor is it a data set "
+            f"of the Hub: {error}"
+        ) from error
