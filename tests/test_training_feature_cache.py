@@ -1,5 +1,6 @@
 """The feature cache holds what the encoders compute, whole or interrupted, by one process or two."""
 
+import base64
 import json
 import os
 import pickle
@@ -203,6 +204,16 @@ def test_of_a_moving_picture_the_image_and_the_video_are_kept_apart(model, proce
         only_image.get(path, "frames")
 
 
+def test_pictures_in_their_own_addresses_are_encoded(model, processor, media_folder, tmp_path):
+    path = media_folder / "picture.png"
+    address = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    options = {"kinds": ("frames",), "num_workers": 0}
+    cache = cache_features(model, processor, [(address, "image"), (str(path), "image")], tmp_path / "c", **options)
+    assert not cache.unreadable
+    features = (cache.get(source, "frames", is_image=True)["features"] for source in (address, path))
+    assert torch.equal(*features)
+
+
 def test_media_that_are_not_in_it_or_were_replaced_are_refused(model, processor, media_folder, tmp_path):
     path = write_media(tmp_path / "clip.mp4", num_frames=5)
     options = {"kinds": ("frames",)}
@@ -396,3 +407,5 @@ def test_command_takes_a_stages_file(tiny_folder, media_folder, tmp_path, capsys
     assert len(cache.get(media_folder / "loud.mp4", "clips")["features"]) == 2
     with pytest.raises(ValueError, match="--feature_cache"):
         main([str(config)])
+    with pytest.raises(ValueError, match="`--datasets` must be a JSON list, but is 'train.jsonl'"):
+        main([str(config), "--feature_cache", str(tmp_path / "cache"), "--datasets", "train.jsonl"])

@@ -17,6 +17,7 @@ from media_files import write_media
 from safetensors.torch import load_file
 from test_remote_code import SOURCE
 from transformers.testing_utils import CaptureLogger
+from transformers.trainer_utils import SaveStrategy
 
 from transformers_videollama import (
     VideoLlamaForConditionalGeneration,
@@ -89,6 +90,24 @@ def test_the_command_line_wins_over_the_file(config: Path) -> None:
     assert (data.random_resized_crop, data.max_length) == (False, 512)
 
 
+@pytest.mark.parametrize(
+    "line, value",
+    [
+        ("output_dir: 2024-05-01", "2024-05-01"),
+        ("run_name: 2024", "2024"),
+        ("lora_target_modules: q_proj", ["q_proj"]),
+        ("save_strategy: no", "no"),
+        ("save_steps: 5", 5),
+    ],
+)
+def test_a_file_is_read_as_the_command_line(line: str, value: Any, config: Path) -> None:
+    values = config.read_text().splitlines()
+    name = line.split(":")[0]
+    config.write_text("\n".join([*(other for other in values if not other.startswith(name)), line]))
+    found = {name: value for part in parse_arguments([str(config)]) for name, value in vars(part).items()}
+    assert found[name] == value and type(found[name]) in (type(value), SaveStrategy)
+
+
 def test_no_file_is_needed(tmp_path: Path) -> None:
     datasets = json.dumps([{"format": "chat", "annotations": "chat.jsonl"}])
     model, _, training = parse_arguments(["--model", "m", "--datasets", datasets, "--output_dir", str(tmp_path)])
@@ -130,6 +149,14 @@ def test_what_is_left_to_be_filled_in_is_asked_for() -> None:
     [
         ("learnig_rate: 1", r"config\.yaml sets learnig_rate, which is unknown"),
         ("max_steps: many", r"config\.yaml: `max_steps` cannot be 'many'"),
+        ("max_steps: 2.5", "`max_steps` cannot be 2.5: it must be a whole number"),
+        ("max_steps: [3]", "`max_steps` cannot be .3.: it must be a whole number"),
+        ("num_frames: true", "`num_frames` cannot be True: it must be a whole number"),
+        ("learning_rate: [1]", "`learning_rate` cannot be .1.: it must be a number"),
+        ("dtype: half_precision", "`dtype` must be a number format .*but is 'half_precision'"),
+        ("datasets: [{format: chat, annotations: 5}]", r"datasets\[0\]` has annotations 5: it must be a path"),
+        ("datasets: [{format: chat, annotations: []}]", r"datasets\[0\]` has annotations \[\]: it must be a path"),
+        ("datasets: [{format: chat, annotations: a, media_root: 2024-05-01}]", r"datasets\[0\]` has media_root"),
         ("branch: touch", "`branch`"),
         ("text_format: prose", "`text_format`"),
         ("max_bad_fraction: 3", "between 0 and 1"),
@@ -381,6 +408,8 @@ def test_a_folder_with_files_is_not_overwritten(tiny_folder: Path, data: Path, t
     with pytest.raises(ValueError, match=r"run is not empty\. Continue its run with `--resume_from_checkpoint last`"):
         main(arguments(1, tiny_folder, data, folder))
     flags = {"save_strategy": "steps", "save_steps": 1, "resume_from_checkpoint": "last"}
+    with pytest.raises(ValueError, match=r"`output_dir` is .*notes\.txt, which is a file"):
+        main(arguments(1, tiny_folder, data, folder / "notes.txt", **flags))
     first = main(arguments(1, tiny_folder, data, folder, **flags))
     assert first.state.global_step == 2
     again = main(arguments(1, tiny_folder, data, folder, **{**flags, "max_steps": 3}))

@@ -4,13 +4,16 @@
 """
 
 import argparse
+import datetime
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
@@ -89,6 +92,8 @@ class ModelArguments:
         if self.trained_part in ("none", ""):  # on the command line, where a YAML file names one
             self.trained_part = None
         _check_choice("branch", self.branch, BRANCHES)
+        if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise ValueError(f"`dtype` must be a number format such as bfloat16 or float32, but is {self.dtype!r}.")
         if self.trainable is None:
             self.trainable = [f"{self.branch}_branch"]
         elif isinstance(self.trainable, str):
@@ -161,8 +166,8 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        self.datasets = check_datasets(_read_json("datasets", self.datasets))
-        self.eval_datasets = _read_json("eval_datasets", self.eval_datasets)
+        self.datasets = check_datasets(read_json("datasets", self.datasets))
+        self.eval_datasets = read_json("eval_datasets", self.eval_datasets)
         if self.eval_datasets is not None:
             self.eval_datasets = check_datasets(self.eval_datasets, "eval_datasets")
         _check_choice("text_format", self.text_format, TEXT_FORMATS)
@@ -245,6 +250,11 @@ def check_datasets(datasets: Any, field_name: str = "datasets") -> list[dict[str
                 f"`{field_name}[{number}]` has {', '.join(unknown)}, which is unknown: choose from "
                 f"{', '.join(DATASET_KEYS)}."
             )
+        for name in ("annotations", "media_root"):
+            texts = entry.get(name)
+            texts = texts if isinstance(texts, list) and texts and name == "annotations" else [texts]
+            if not all(isinstance(text, str) or (text is None and name == "media_root") for text in texts):
+                raise ValueError(f"`{field_name}[{number}]` has {name} {entry[name]!r}: it must be a path in quotes.")
         weight = entry.get("weight")
         is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if weight is not None and not (is_number and weight > 0):
@@ -273,14 +283,14 @@ def parse_arguments(
         allow_abbrev=False,
         formatter_class=argparse.HelpFormatter,
     )
-    types: dict[str, Any] = {}
+    actions: dict[str, argparse.Action] = {}
     for action in parser._actions:
-        types.setdefault(action.dest, action.type)
+        actions.setdefault(action.dest, action)
         action.default = argparse.SUPPRESS  # only what was given on the command line may override the file
     parser.add_argument("config", nargs="?", metavar="config.yaml", default=None, help="YAML file with the flags")
     given = vars(parser.parse_args(list(argv)))
     config = given.pop("config")
-    values = _read_yaml(Path(config), types) if config is not None else {}
+    values = read_yaml(config, actions) if config is not None else {}
     _check_is_filled_in(config, {name: value for name, value in values.items() if name not in given})
     model, data, training = parser.parse_dict({**values, **given})
     _check_evaluation(data, training)
@@ -324,34 +334,66 @@ def _check_evaluation(data: DataArguments, training: VideoLlamaTrainingArguments
         logger.warning("`eval_datasets` are not used: set `eval_strategy`, or `do_eval` to evaluate once at the end.")
 
 
-def _read_yaml(path: Path, types: dict[str, Any]) -> dict[str, Any]:
+def read_yaml(
+    path: str | os.PathLike, actions: dict[str, argparse.Action], ignore_unknown: bool = False
+) -> dict[str, Any]:
+    """
+    The values that a YAML file gives to flags, each as the command line would read it.
+
+    Args:
+        path (`str` or `os.PathLike`): The file.
+        actions (`dict[str, argparse.Action]`): The flags by the names of their fields.
+        ignore_unknown (`bool`, *optional*, defaults to `False`): Whether names of no flag are left out, not refused.
+
+    Raises:
+        ValueError: for a file that is no mapping, for unknown names, and for values that do not fit.
+        OSError: if the file cannot be read.
+    """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `name: value` lines, but holds {type(values).__name__}.")
-    unknown = sorted(str(name) for name in values if name not in types)
-    if unknown:
+    unknown = sorted(str(name) for name in values if name not in actions)
+    if unknown and not ignore_unknown:
         raise ValueError(f"{path} sets {', '.join(unknown)}, which is unknown: `train.py --help` lists all names.")
+    values = {name: value for name, value in values.items() if name in actions}
     for name, value in values.items():
-        # YAML reads `1e-4` as text, because it has no point; such text is read as the command line would read it
-        if isinstance(value, str) and callable(types[name]):
-            try:
-                values[name] = types[name](value)
-            except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
-                raise ValueError(f"{path}: `{name}` cannot be {value!r}: {error}") from error
+        try:
+            values[name] = _as_on_command_line(value, actions[name])
+        except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
+            raise ValueError(f"{path}: `{name}` cannot be {value!r}: {error}") from error
     return values
+
+
+def _as_on_command_line(value: Any, action: argparse.Action) -> Any:
+    """
+    What YAML takes for something else than the command line would: `1e-4` for text, because it has no point, `2024` or
+    `2024-05-01` for no text, `no` for false. Numbers are not taken for other kinds of numbers.
+    """
+    kind: Any = action.type
+    if value is False and action.dest.endswith("_strategy"):
+        value = "no"
+    if isinstance(value, datetime.date) or (kind is str and type(value) in (int, float)):
+        value = str(value)
+    if isinstance(value, str) and callable(kind):
+        value = kind(value)
+        return [value] if action.nargs == "+" else value
+    if kind in (int, float) and value is not None and type(value) not in (int, kind):
+        raise ValueError(f"it must be {'a whole number' if kind is int else 'a number'}.")
+    return value
 
 
 def _check_is_filled_in(config: str | None, values: dict[str, Any]) -> None:
     """Refuses what an example leaves to be filled in, which would be taken for the name of a file or repository."""
     for name, value in values.items():
-        if re.search(r"<[^<>]+>", json.dumps(value)):
+        if re.search(r"<[^<>]+>", json.dumps(value, default=str)):
             raise ValueError(f"{config}: `{name}` is still to be filled in, there or by `--{name}`: it is {value!r}.")
 
 
-def _read_json(name: str, value: Any) -> Any:
+def read_json(name: str, value: Any) -> Any:
+    """A value that the command line gives in JSON, a file as what it is; `ValueError` names the flag."""
     if not isinstance(value, str):
         return value
     try:

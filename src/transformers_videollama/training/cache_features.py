@@ -5,7 +5,6 @@ them.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
@@ -22,7 +20,7 @@ from ..modeling_video_llama import VideoLlamaForConditionalGeneration
 from ..processing_video_llama import VideoLlamaProcessor
 from ..video_processing_video_llama import is_frame
 from .annotations import load_annotations
-from .arguments import check_datasets
+from .arguments import check_datasets, read_json, read_yaml
 from .feature_cache import KINDS, UNREADABLE_NAME
 from .feature_cache_writer import cache_features, join_processes
 
@@ -77,10 +75,8 @@ class CacheArguments:
         for name in ("model", "feature_cache"):
             if not getattr(self, name):
                 raise ValueError(f"Give `--{name}`, on the command line or in the YAML file.")
-        if isinstance(self.datasets, str):
-            self.datasets = json.loads(self.datasets)
         if self.datasets is not None:
-            self.datasets = check_datasets(self.datasets)
+            self.datasets = check_datasets(read_json("datasets", self.datasets))
         elif not self.media:
             raise ValueError("Give `--datasets` (or a YAML file with them), or files and folders as `--media`.")
         self.kinds = self.kinds or (["frames"] if self.branch == "video" else ["clips"])
@@ -126,21 +122,14 @@ def parse_arguments(argv: Sequence[str]) -> CacheArguments:
         description="Writes what the frozen encoders make of a data set's media, for training with --feature_cache.",
         allow_abbrev=False,
     )
-    names = {action.dest for action in parser._actions}
-    for action in parser._actions:  # only what was given on the command line may override the file
-        action.default = argparse.SUPPRESS
+    actions: dict[str, argparse.Action] = {}
+    for action in parser._actions:
+        actions.setdefault(action.dest, action)
+        action.default = argparse.SUPPRESS  # only what was given on the command line may override the file
     parser.add_argument("config", nargs="?", metavar="config.yaml", default=None, help="YAML file of a training stage")
     given = vars(parser.parse_args(list(argv)))
     config = given.pop("config")
-    values = {}
-    if config is not None:
-        try:
-            values = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{config} is not valid YAML: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{config} must hold `name: value` lines, but holds {type(values).__name__}.")
-        values = {name: value for name, value in values.items() if name in names}
+    values = read_yaml(config, actions, ignore_unknown=True) if config is not None else {}
     return parser.parse_dict({**values, **given})[0]
 
 

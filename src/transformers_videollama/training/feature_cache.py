@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
-from ..media import MediaError
+from ..media import MediaError, is_address
 from ..modeling_video_llama import VideoLlamaForConditionalGeneration, VideoLlamaModel
 from ..processing_video_llama import VideoLlamaProcessor
 
@@ -81,7 +81,7 @@ def medium_name(path: str | os.PathLike, media_root: str) -> str:
         `str`: the place of a file relative to `media_root`; an address as it is.
     """
     name = os.fspath(path)
-    return name if "://" in name else os.path.relpath(os.path.realpath(name), media_root)
+    return name if is_address(name) else os.path.relpath(os.path.realpath(name), media_root)
 
 
 def hash_text(text: str) -> int:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from ..media import MediaError, has_audio, open_media
+from ..media import MediaError, describe_source, has_audio, is_address, open_media
 from ..modeling_video_llama import VideoLlamaModel
 from ..processing_video_llama import VideoLlamaProcessor, frame_timestamps, read_image
 from .feature_cache import (
@@ -72,7 +72,7 @@ class _Media(Dataset):
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         key, medium_type = self.media[position]
-        path = key if "://" in key else os.path.normpath(os.path.join(self.meta["media_root"], key))
+        path = key if is_address(key) else os.path.normpath(os.path.join(self.meta["media_root"], key))
         item: dict[str, Any] = {"line": {"path": key, "type": medium_type, "bytes": file_size(path)}}
         try:
             if medium_type == "image":
@@ -107,7 +107,7 @@ class _Media(Dataset):
         except MediaError:
             raise
         except ValueError as error:  # too short a sound
-            raise MediaError(f"{path}: {error}") from error
+            raise MediaError(f"{describe_source(path)}: {error}") from error
 
 
 class _Batches:
@@ -267,7 +267,7 @@ def _plan(
         plan = read_lines(directory / PLAN_NAME)
     else:
         config = getattr(model, "model", model).config
-        folders = {os.path.dirname(os.path.realpath(path)) for path, _ in media if "://" not in path}
+        folders = {os.path.dirname(os.path.realpath(path)) for path, _ in media if not is_address(path)}
         meta = {
             "model": config._name_or_path or None,
             "media_root": os.path.commonpath(folders) if folders else os.getcwd(),

@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> VideoLlamaTrainer:
     """
     model_args, data_args, args = parse_arguments(sys.argv[1:] if argv is None else argv)
     checkpoint = find_checkpoint(args)
+    if args.should_save:  # before anything that takes time, should it be impossible
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     set_seed(args.seed)
 
     processor = VideoLlamaProcessor.from_pretrained(model_args.model)
@@ -83,9 +85,11 @@ def find_checkpoint(args: VideoLlamaTrainingArguments) -> str | None:
     so that the same command starts a run and continues it.
 
     Raises:
-        ValueError: if `output_dir` holds files already and the run is not to be resumed.
+        ValueError: if `output_dir` is a file, or holds files already and the run is not to be resumed.
     """
     output_dir = Path(args.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"`output_dir` is {output_dir}, which is a file: give a folder, which is made if need be.")
     wanted = args.resume_from_checkpoint
     if wanted is not None and str(wanted).lower() not in LAST:
         found: str | None = str(wanted) if str(wanted).lower() != "false" else None
