@@ -10,7 +10,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from datasets import Dataset
 from transformers import TextIteratorStreamer, pipeline
+from transformers.pipelines.pt_utils import KeyDataset
 
 import transformers_videollama  # noqa: F401
 from transformers_videollama import MediaError, VideoTextToTextPipeline
@@ -216,6 +218,24 @@ def test_lists_and_generators(pipe: VideoTextToTextPipeline) -> None:
     same = [pipe(video, text=QUESTION, **GREEDY) for video in videos]
     assert pipe(videos, text=QUESTION, **GREEDY) == same
     assert list(pipe((video for video in videos), text=QUESTION, **GREEDY)) == same
+    assert list(pipe(videos, text=(question for question in questions), **GREEDY)) == expected
+    assert list(pipe(CLIP, text=(question for question in questions), **GREEDY))[0] == expected[0]
+
+
+def test_data_sets(pipe: VideoTextToTextPipeline) -> None:
+    videos, questions = [CLIP, SHORT], [QUESTION, "Why?"]
+    expected = [pipe(video, text=question, **GREEDY) for video, question in zip(videos, questions, strict=True)]
+    pairs = Dataset.from_dict({"video": videos, "text": questions, "id": [1, 2]})
+    for dataset in (pairs, pairs.to_iterable_dataset()):
+        assert list(pipe(dataset, **GREEDY)) == expected
+    assert list(pipe(pairs["video"], text=pairs["text"], **GREEDY)) == expected
+    assert list(pipe(KeyDataset(pairs, "video"), text=KeyDataset(pairs, "text"), **GREEDY)) == expected
+    messages = [chat({"type": "video", "path": video}) for video in videos]
+    chats = Dataset.from_list([{"messages": one} for one in messages])
+    answers = [tokens_of(pipe(one, **TOKENS)) for one in messages]
+    for dataset in (chats["messages"], KeyDataset(chats, "messages")):
+        assert [tokens_of(answer) for answer in pipe(text=dataset, **TOKENS)] == answers
+    assert [tokens_of(answer) for answer in pipe(chats["messages"], **TOKENS)] == answers
 
 
 def test_questions_about_nothing_seen(pipe: VideoTextToTextPipeline) -> None:
@@ -301,6 +321,18 @@ def test_mistakes_are_named(pipe: VideoTextToTextPipeline) -> None:
             pipe(forgotten)
     with pytest.raises(ValueError, match="Got 2 videos and 3 questions"):
         pipe([CLIP, SHORT], text=["1", "2", "3"])
+    for videos, questions, fewer in (([CLIP] * 3, ["1", "2"], "questions"), ([CLIP], ["1", "2"], "videos")):
+        with pytest.raises(ValueError, match=f"fewer {fewer} than"):
+            list(pipe((video for video in videos), text=questions, **GREEDY))
+    for text in ([], 5):
+        with pytest.raises(ValueError, match="`text` is a question, or a list of at least one"):
+            pipe(CLIP, text=text)
+    with pytest.raises(ValueError, match=r"question about a video is a string; this one is \['a', 'b'\]"):
+        pipe({"videos": CLIP, "text": ["a", "b"]})
+    with pytest.raises(ValueError, match=r"this one has \['text', 'vid'\]"):
+        pipe({"vid": CLIP, "text": QUESTION})
+    with pytest.raises(ValueError, match="`video` is no argument"):
+        pipe(video=CLIP, text=QUESTION)
     with pytest.raises(ValueError, match="either a chat or a video"):
         pipe(CLIP, text=chat())
     with pytest.raises(MediaError, match="no_such_file.mp4"):

@@ -108,10 +108,13 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
             ValueError: if there is no question, or if the numbers of videos and questions differ.
             MediaError: if a file cannot be used; the message names it.
         """
+        for name in ("video", "image", "images", "audio"):
+            if name in kwargs:
+                raise ValueError(f"`{name}` is no argument of this pipeline: give videos as `videos`, or a chat.")
         if videos is None and text is None:
             raise ValueError("Give a video and a question, or a chat.")
         if text is None:
-            inputs = videos
+            inputs = (item for item in videos) if _comes_one_by_one(videos) else videos
         elif _is_chat(text) or _is_chat(videos):
             if videos is not None:
                 raise ValueError(
@@ -119,9 +122,8 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
                     "{'type': 'video', 'path': …}."
                 )
             inputs = text
-        elif isinstance(videos, (GeneratorType, KeyDataset)):
-            questions = itertools.repeat(text) if isinstance(text, str) else text
-            inputs = ({"videos": video, "text": question} for video, question in zip(videos, questions))  # noqa: B905
+        elif _comes_one_by_one(videos) or _comes_one_by_one(text):
+            inputs = _pair_one_by_one(videos, text)
         else:
             inputs = _pair(videos, text)
         # Past the library's own pipeline, which would load `inputs` as images
@@ -139,8 +141,17 @@ class VideoTextToTextPipeline(ImageTextToTextPipeline):
         elif isinstance(inputs, dict) and inputs.get("text") is not None:
             prompt = inputs["text"]
             video = inputs.get("videos", inputs.get("video"))
-            content = [] if video is None else [{"type": "video", "video": video}]
-            chat = Chat([{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}])
+            if len(inputs) > 1 and not {"videos", "video"} & set(inputs):
+                raise ValueError(
+                    f"An input is a chat or a dictionary {{'videos': …, 'text': …}}; this one has {sorted(inputs)}."
+                )
+            if video is None and _is_chat(prompt):
+                chat = prompt = prompt if isinstance(prompt, Chat) else Chat(prompt)
+            elif isinstance(prompt, str):
+                content = [] if video is None else [{"type": "video", "video": video}]
+                chat = Chat([{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}])
+            else:
+                raise ValueError(f"The question about a video is a string; this one is {prompt!r:.80}.")
         else:
             what = f"a dictionary with {sorted(inputs)}" if isinstance(inputs, dict) else f"a {type(inputs).__name__}"
             raise ValueError(
@@ -231,8 +242,31 @@ def _is_chat(inputs: Any) -> bool:
     return isinstance(first, Chat) or (isinstance(first, dict) and "role" in first)
 
 
+def _comes_one_by_one(inputs: Any) -> bool:
+    """Whether these are read while they are answered: a generator, or a data set or its column."""
+    from_datasets = type(inputs).__module__.partition(".")[0] == "datasets"
+    return isinstance(inputs, (GeneratorType, KeyDataset)) or from_datasets
+
+
+def _pair_one_by_one(videos: Any, text: Any) -> Iterator[dict[str, Any]]:
+    """As [`_pair`], of what is read while it is answered."""
+    if isinstance(text, str):
+        yield from ({"videos": video, "text": text} for video in videos)
+    elif not (_comes_one_by_one(videos) or isinstance(videos, (list, tuple))):
+        yield from ({"videos": videos, "text": question} for question in text)
+    else:
+        nothing = object()
+        for video, question in itertools.zip_longest(videos, text, fillvalue=nothing):
+            if video is nothing or question is nothing:
+                fewer, more = ("videos", "questions") if video is nothing else ("questions", "videos")
+                raise ValueError(f"There are fewer {fewer} than {more}: give one question, or one for each video.")
+            yield {"videos": video, "text": question}
+
+
 def _pair(videos: Any, text: str | list[str]) -> dict[str, Any] | list[dict[str, Any]]:
     """One input for each pair of a video and a question; what there is one of goes with each of the others."""
+    if not isinstance(text, (str, list, tuple)) or not text:
+        raise ValueError(f"`text` is a question, or a list of at least one; got {text!r:.80}.")
     is_list = isinstance(videos, (list, tuple)) and not all(is_frame(video) for video in videos)
     if not is_list and isinstance(text, str):
         return {"videos": videos, "text": text}
