@@ -128,6 +128,10 @@ def test_every_form_of_sound_gives_the_same(extractor: VideoLlamaFeatureExtracto
             form = [form]
         features = extractor(form, sampling_rate=rate)["input_features"]
         torch.testing.assert_close(features, expected, msg=name, atol=1e-6, rtol=0)
+    torch.testing.assert_close(extractor((samples, np.int64(rate)))["input_features"], expected, atol=1e-6, rtol=0)
+    for wrong in (0, -1, 22050.5):
+        with pytest.raises(ValueError, match="whole number of Hz above 0"):
+            extractor(samples, sampling_rate=wrong)
     pcm = (samples * 32768).round().clip(-32768, 32767).astype(np.int16)
     loud = expected > 0
     assert (extractor(pcm, sampling_rate=rate)["input_features"] - expected)[loud].abs().max() < 0.01

@@ -1,6 +1,7 @@
 """The processor: the published prompts, their tokens, media in chats, and what `transformers` and servers ask of
 it."""
 
+import base64
 import dataclasses
 import http.server
 import json
@@ -315,6 +316,13 @@ def test_templates_need_nothing_but_a_tokenizer(family):
     [
         ([user({"type": "pdf", "pdf": "a.pdf"})], "'text', 'image', 'video' or 'audio'.*pdf"),
         ([user({"video": CLIP})], "'text', 'image', 'video' or 'audio'"),
+        ([user({"type": "text", "content": "What?"})], "has its words as 'text'"),
+        ([{"role": "user"}], "'content' is a string or a list of entries"),
+        ([{"role": "user", "content": {"type": "text", "text": "What?"}}], "'content' is a string or a list"),
+        ([{"role": "user", "content": 5}], "'content' is a string or a list"),
+        ([user({"type": "image", "base64": "?"})], "base64 cannot be decoded"),
+        ([user({"type": "input_audio"})], "in base64 is a string; got None"),
+        ([user({"type": "video", "video": [CLIP, CLIP]})], "entries of type 'video' hold 2 videos"),
         ([{"role": "tool", "content": "4"}], 'role "tool"'),
         ([user(), {"role": "system", "content": "Be brief."}], 'role "system"'),
         ([{"content": "Hi"}], "'role' and 'content'"),
@@ -324,7 +332,17 @@ def test_templates_need_nothing_but_a_tokenizer(family):
 )
 def test_wrong_chats_are_refused(processor, chat, message):
     with pytest.raises(Exception, match=message):
-        processor.apply_chat_template(chat)
+        processor.apply_chat_template(chat, tokenize=True)
+
+
+def test_media_may_be_given_in_base64(processor):
+    def frames(source: dict[str, str]) -> torch.Tensor:
+        chat = [user({"type": "video", **source})]
+        inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+        return inputs["pixel_values_videos"]
+
+    data = base64.b64encode(Path(CLIP).read_bytes()).decode()
+    assert torch.equal(frames({"base64": data}), frames({"path": str(CLIP)}))
 
 
 def test_no_template():

@@ -236,6 +236,9 @@ def test_number_of_frames_can_be_chosen(processor: VideoLlamaVideoProcessor):
     assert processor(frames, fps=2, video_metadata=[metadata])["pixel_values_videos"].shape[1] == 4
     with pytest.raises(ValueError, match="frame rate"):
         processor(frames, fps=2)
+    for fps in (0, -1):
+        with pytest.raises(ValueError, match="`fps` is a number of frames a second above 0"):
+            processor(clip, fps=fps)
     with pytest.raises(ValueError, match="mutually exclusive"):
         processor(frames, fps=2, num_frames=4, video_metadata=[metadata])
 

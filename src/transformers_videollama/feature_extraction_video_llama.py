@@ -158,7 +158,10 @@ class VideoLlamaFeatureExtractor(SequenceFeatureExtractor):
                 "A sound is an array of finite numbers of the shape (samples,) or (channels, samples); this one is"
                 f" {tuple(samples.shape)} with {np.count_nonzero(~np.isfinite(samples))} values that are not finite."
             )
-        return samples, rate or self.sampling_rate
+        rate = self.sampling_rate if rate is None else rate
+        if not (isinstance(rate, (int, np.integer)) and rate > 0):
+            raise ValueError(f"A sampling rate is a whole number of Hz above 0, not {rate!r}.")
+        return samples, int(rate)
 
     def _cut_clips(self, samples: np.ndarray, rate: int) -> np.ndarray:
         """
@@ -245,7 +248,12 @@ def _mel_filters(fft_length: int, num_bins: int, min_frequency: float, sampling_
 
 def _is_pair(sound: Any) -> bool:
     """(samples, rate), as `read_audio` returns it"""
-    return isinstance(sound, tuple) and len(sound) == 2 and isinstance(sound[1], int) and np.ndim(sound[0]) > 0
+    return (
+        isinstance(sound, tuple)
+        and len(sound) == 2
+        and isinstance(sound[1], (int, np.integer))
+        and np.ndim(sound[0]) > 0
+    )
 
 
 def _is_batch(raw_audio: Any) -> bool:

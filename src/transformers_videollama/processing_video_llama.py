@@ -385,6 +385,11 @@ class VideoLlamaProcessor(ProcessorMixin):
             return None
         videos = [entry["source"] for entry in entries]
         processed = self.video_processor(videos, **{**videos_kwargs, "return_metadata": True})
+        if len(processed["video_metadata"]) != len(entries):
+            raise ValueError(
+                f"The {len(entries)} content entries of type 'video' hold {len(processed['video_metadata'])} videos: "
+                "give each video its own entry."
+            )
         for entry, metadata in zip(entries, processed["video_metadata"], strict=True):
             entry["timestamps"] = frame_timestamps(metadata)
         return processed
@@ -500,7 +505,10 @@ def _read_message(message: Any) -> dict[str, Any]:
     if not isinstance(message, dict) or "role" not in message:
         raise ValueError(f"A message is a dict with 'role' and 'content'; got {message!r:.80}.")
     message = {name: value for name, value in message.items() if value is not None}
-    if not isinstance(message.get("content", ""), str):
+    content = message.get("content", None if message["role"] == "user" else "")
+    if not isinstance(content, (str, list, tuple)):
+        raise ValueError(f"A message's 'content' is a string or a list of entries; got {message!r:.80}.")
+    if not isinstance(content, str):
         message["content"] = [read_content_entry(_as_dict(entry)) for entry in message["content"]]
     return message
 
@@ -524,15 +532,20 @@ def read_content_entry(entry: str | dict[str, Any]) -> dict[str, Any]:
         return {"type": "text", "text": entry}
     kind = entry.get("type") if isinstance(entry, dict) else None
     if kind == "text":
+        if not isinstance(entry.get("text"), str):
+            raise ValueError(f"A content entry of type 'text' has its words as 'text'; got {entry!r:.120}.")
         return dict(entry)
     if kind in _MEDIA_TYPES:
-        source = next((entry[name] for name in (kind, "url", "path", "base64") if entry.get(name) is not None), None)
+        source = next((entry[name] for name in (kind, "url", "path") if entry.get(name) is not None), None)
+        if source is None and entry.get("base64") is not None:
+            source = _decode_base64(entry["base64"])
     elif kind in ("image_url", "video_url", "audio_url"):
         source = entry.get(kind)
         source = source.get("url") if isinstance(source, dict) else source
         kind = kind.removesuffix("_url")
     elif kind == "input_audio":
-        kind, source = "audio", base64.b64decode(entry["input_audio"]["data"])
+        sound = entry.get("input_audio")
+        kind, source = "audio", _decode_base64(sound.get("data") if isinstance(sound, dict) else None)
     else:
         raise ValueError(f"A content entry has type 'text', 'image', 'video' or 'audio'; got {entry!r:.120}.")
     rate = entry.get("sampling_rate")
@@ -541,6 +554,15 @@ def read_content_entry(entry: str | dict[str, Any]) -> dict[str, Any]:
     if source is None and "timestamps" in entry:
         return {"type": kind, "source": None, "timestamps": entry["timestamps"]}
     return {"type": kind, "source": source if rate is None else (source, rate)}
+
+
+def _decode_base64(data: Any) -> bytes:
+    if not isinstance(data, (str, bytes)):
+        raise ValueError(f"A medium in base64 is a string; got {data!r:.80}.")
+    try:
+        return base64.b64decode(data, validate=True)
+    except ValueError as error:
+        raise ValueError(f"A medium in base64 cannot be decoded ({error}): {data!r:.40}…") from error
 
 
 def _entries(chats: list[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
@@ -564,7 +586,7 @@ def _show_entry(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _is_pair(sound: Any) -> bool:
     """Whether a sound is given as its samples and their rate, as `read_audio` does."""
-    return isinstance(sound, tuple) and len(sound) == 2 and isinstance(sound[1], int)
+    return isinstance(sound, tuple) and len(sound) == 2 and isinstance(sound[1], (int, np.integer))
 
 
 def _flat_sounds(audio: Any) -> Iterator[Any]:

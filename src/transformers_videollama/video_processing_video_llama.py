@@ -124,6 +124,8 @@ class VideoLlamaVideoProcessor(BaseVideoProcessor):
         sampling = sampling if sampling is not None else self.sampling
         total = metadata.total_num_frames
         if fps is not None:
+            if not fps > 0:
+                raise ValueError(f"`fps` is a number of frames a second above 0, not {fps!r}.")
             if metadata.fps is None:
                 raise ValueError(
                     f"To sample {fps} frames a second, the frame rate of the video has to be known: pass"
