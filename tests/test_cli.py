@@ -124,6 +124,21 @@ def test_an_interrupted_question_was_not_asked(loaded: tuple[Any, Any]) -> None:
     assert answer == alone(loaded, chat.messages[:-1])
 
 
+def test_a_placeholder_among_the_words_is_refused_in_any_turn(loaded: tuple[Any, Any]) -> None:
+    video = [{"type": "video", "path": SILENT}]
+    options = {"max_new_tokens": 6, "do_sample": False}
+    with pytest.raises(ValueError, match="<video>"):
+        Conversation(*loaded).ask("What is <video>?", video, **options)
+    chat = Conversation(*loaded)
+    chat.ask("What is shown?", video, **options)
+    before = list(chat.messages)
+    for word in ("<video>", "<image>"):
+        with pytest.raises(ValueError, match=f"has {word} among its words"):
+            chat.ask(f"What is {word}?", **options)
+    assert chat.messages == before
+    assert chat.ask("And now?", **options) == alone(loaded, chat.messages[:-1])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Commands
 
@@ -160,6 +175,20 @@ def test_several_files_and_questions_as_lines_of_json(
         for path in (CLIP, SILENT)
         for text in ("What is shown?", "Why?")
     ]
+
+
+def test_a_file_that_cannot_be_used_does_not_end_the_others(
+    loaded: tuple[Any, Any], tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.mp4").touch()
+    media = [str(tmp_path / "empty.mp4"), SILENT]
+    assert main(["ask", *media, "What is shown?", "--json", "--model", str(tiny_folder), *SHORT_ANSWERS]) == 1
+    out, err = capsys.readouterr()
+    answer = alone(loaded, [question("What is shown?", SILENT)])
+    assert [json.loads(line) for line in out.splitlines()] == [
+        {"file": SILENT, "question": "What is shown?", "answer": answer}
+    ]
+    assert "empty.mp4 is empty" in err
 
 
 def test_a_chat_of_several_turns(loaded: tuple[Any, Any], tiny_folder: Path) -> None:
@@ -201,7 +230,8 @@ def test_a_chat_about_a_damaged_file_does_not_begin(
     [
         (["ask", "absent.mp4", "What is shown?"], "There is no file absent.mp4."),
         (["ask", "What is shown?"], "Give at least one file or http(s) address"),
-        (["ask", CLIP, "What?", "--model", "/absent/model"], "/absent/model"),
+        (["ask", CLIP, "What?", "--model", "/absent/model"], "There is no folder /absent/model."),
+        (["info", "./absent"], "There is no folder ./absent."),
         (["caption", CLIP, "What is shown?"], "To ask something, use `videollama ask`"),
         (["train", "absent.yaml"], "absent.yaml"),
         (["ask", CLIP, "What?", "--device", "nonsense"], "--device nonsense: PyTorch sees"),
@@ -331,11 +361,29 @@ def test_wrong_lines_and_other_questions_are_refused(
         ("[" * 100_000, "this is no JSON"),
         ('{"video": "a.mp4"}', 'a line needs "question"'),
         ('{"question": "What?", "vidoe": "a.mp4"}', 'a line needs "question"'),
+        ('{"question": "What?", "video": ["a.mp4"]}', 'a line needs "question"'),
+        ('{"messages": []}', 'a line needs "question"'),
     ]
     for line, message in wrong:
         questions_file.write_text('{"question": "Who?", "image": "a.png"}\n' + line + "\n")
         assert main(["batch", str(questions_file), str(output), "--model", str(tiny_folder)]) == 1
         assert f"questions.jsonl:2: {message}" in capsys.readouterr().err
+
+
+def test_a_batch_without_a_place_for_its_answers_does_not_begin(
+    questions_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["batch", str(questions_file), str(questions_file.parent / "absent" / "answers.jsonl")]) == 1
+    assert "there is no folder" in capsys.readouterr().err
+
+
+def test_chats_name_media_as_questions_do(loaded: tuple[Any, Any], tiny_folder: Path, tmp_path: Path) -> None:
+    shutil.copy(SILENT, tmp_path / "clip.mp4")
+    content = [{"type": "video", "path": "clip.mp4"}, {"type": "text", "text": "What is shown?"}]
+    (tmp_path / "in.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": content}]}) + "\n")
+    output = tmp_path / "out.jsonl"
+    assert main(["batch", str(tmp_path / "in.jsonl"), str(output), "--model", str(tiny_folder), *SHORT_ANSWERS]) == 0
+    assert json.loads(output.read_text())["answer"] == alone(loaded, [question("What is shown?", SILENT)])
 
 
 @pytest.mark.parametrize("name", ["damaged.mp4", "damaged.wav", "damaged.png", "cut.jpg"])

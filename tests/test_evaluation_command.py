@@ -263,6 +263,12 @@ def test_errors_are_tried_again_when_asked(evaluate: Evaluate, media: Path) -> N
     assert evaluate("msvd-qa", rows, "--retry-errors")["answered"] == 2
 
 
+def test_a_question_that_cannot_be_asked_stops_no_other(evaluate: Evaluate) -> None:
+    results = evaluate("msvd-qa", [question(1, 1), question(2, 1, "what is <video>")], "--batch-size", "2")
+    assert results["answered"] == 1
+    assert "<video> among its words" in results["answers"]["2"]["error"]
+
+
 @pytest.fixture
 def judge_log(tmp_path: Path) -> Path:
     return tmp_path / "judge.jsonl"

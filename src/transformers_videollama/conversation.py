@@ -178,13 +178,25 @@ def prompt_ids(processor: VideoLlamaProcessor, messages: list[dict[str, Any]], *
 
     Returns:
         `list[int]`
+
+    Raises:
+        ValueError: if the words of a message hold a placeholder.
     """
     text = processor.apply_chat_template(messages, tokenize=False, **options)
+    words = "\n".join(_words(message) for message in messages)
     for kind in ("image", "video", "audio"):
         token = getattr(processor, f"{kind}_token")
+        if token in words:
+            raise ValueError(f"A message has {token} among its words, which stands for a medium: leave it out.")
         text = text.replace(token, token * getattr(processor, f"num_{kind}_tokens"))
     starts_itself = processor.tokenizer.bos_token is not None and text.startswith(processor.tokenizer.bos_token)
     return processor.tokenizer(text, add_special_tokens=not starts_itself)["input_ids"]
+
+
+def _words(message: dict[str, Any]) -> str:
+    content = message["content"]
+    entries = [{"text": content}] if isinstance(content, str) else content
+    return "\n".join(entry.get("text") or "" for entry in entries)
 
 
 def _identity(entry: dict[str, Any]) -> tuple:

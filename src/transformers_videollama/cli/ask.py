@@ -8,6 +8,7 @@ Without a question it asks what happens.
 
 import argparse
 import json
+import sys
 
 from . import make_parser
 from .media_arguments import media_entry, split_media
@@ -22,7 +23,7 @@ from .models import (
 HELP = "ask questions about videos, pictures or sounds"
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     parser = make_parser("ask", __doc__)
     parser.add_argument(
         "arguments", nargs="+", metavar="FILE_OR_QUESTION", help="files or addresses, and questions about each of them"
@@ -35,19 +36,31 @@ def main(argv: list[str]) -> None:
     media, questions = split_media(args.arguments)
     if not questions:
         questions = ["What happens in the video?"]
-    answer_questions(args, media, questions)
+    return answer_questions(args, media, questions)
 
 
-def answer_questions(args: argparse.Namespace, media: list[str], questions: list[str]) -> None:
-    """Prints the answers to all questions about all media; each medium is encoded once."""
+def answer_questions(args: argparse.Namespace, media: list[str], questions: list[str]) -> int:
+    """
+    Prints the answers to all questions about all media; each medium is encoded once. Returns the exit status: 1 if
+    some of several media cannot be used, which are named and passed over.
+    """
     from transformers import set_seed
 
     from ..conversation import Conversation
+    from ..media import MediaError
 
+    status = 0
     model, processor = load_model(args)
     has_titles = len(media) * len(questions) > 1
     for medium in media:
         chat = Conversation(model, processor, args.system_prompt, **processor_arguments(args))
+        if len(media) > 1:
+            try:
+                chat.read([media_entry(medium)])
+            except MediaError as error:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                status = 1
+                continue
         start = chat.messages
         for question in questions:
             set_seed(args.seed)
@@ -68,6 +81,7 @@ def answer_questions(args: argparse.Namespace, media: list[str], questions: list
                 )
             else:
                 print("" if is_streamed else answer, flush=True)
+    return status
 
 
 def _print_now(text: str) -> None:

@@ -3,11 +3,11 @@
     videollama batch questions.jsonl answers.jsonl --batch-size 16
     accelerate launch -m transformers_videollama batch questions.jsonl answers.jsonl    # one process for each GPU
 
-A line of the input has "question" and "video", "image" or "audio" (a path, relative to the input's folder unless
---media-root is given, or an address), or "messages", a chat. A line of the output is that line with its "index", from
-0, and "answer", or "error" where the item could not be used; an "index", "answer" or "error" of the input's own is
-kept as "input_index" and so on. Lines come in the order in which they are done. Run again, the command does what is
-missing. Exit status 1 if there are errors.
+A line of the input has "question" and "video", "image" or "audio", or "messages", a chat. Media are named by paths,
+relative to the input's folder unless --media-root is given, or by addresses. A line of the output is that line with
+its "index", from 0, and "answer", or "error" where the item could not be used; an "index", "answer" or "error" of the
+input's own is kept as "input_index" and so on. Lines come in the order in which they are done. Run again, the command
+does what is missing. Exit status 1 if there are errors in what it did now.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from .models import (
     add_model_arguments,
     generate_arguments,
     load_model,
+    not_negative_integer,
     positive,
     processor_arguments,
 )
@@ -44,7 +45,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("output", type=Path, help="JSON Lines file of answers")
     parser.add_argument("--media-root", type=Path, help="folder of the media (default: the input's)")
     parser.add_argument("--batch-size", type=positive, default=8, help="questions at a time (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode ahead (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=not_negative_integer, default=2, help="processes that decode ahead (default: %(default)s)"
+    )
     parser.add_argument("--retry-errors", action="store_true", help="try again what could not be used before")
     add_model_arguments(parser)
     add_generation_arguments(parser)
@@ -54,6 +57,8 @@ def main(argv: list[str]) -> int:
 
     state = join_processes(args)
     rows = read_rows(args.input)
+    if not args.output.absolute().parent.is_dir():
+        raise UsageError(f"{args.output}: there is no folder {args.output.absolute().parent}.")
     done = read_done(args.output, rows, args.retry_errors)
     state.wait_for_everyone()  # nobody writes before all have read
     if state.is_main_process:
@@ -63,9 +68,11 @@ def main(argv: list[str]) -> int:
     own = missing[state.process_index :: state.num_processes]
     failed = answer_rows(args, rows, own, is_shown=state.is_main_process) if own else 0
     failed = sum(gather_object([failed])) if state.num_processes > 1 else failed
+    failed_before = sum(done.values())
     if state.is_main_process:
+        before = f", and {failed_before} before" if failed_before else ""
         print(
-            f"{len(missing)} of {len(rows)} answered now, {failed} of them with an error: {args.output}",
+            f"{len(missing)} of {len(rows)} answered now, {failed} of them with an error{before}: {args.output}",
             file=sys.stderr,
         )
     return 1 if failed else 0
@@ -86,7 +93,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested too deep
             raise UsageError(f"{path}:{number}: this is no JSON ({error}).") from error
-        if not isinstance(row, dict) or not ("messages" in row or _is_question(row)):
+        if not isinstance(row, dict) or not (_is_chat(row) if "messages" in row else _is_question(row)):
             raise UsageError(
                 f'{path}:{number}: a line needs "question", with "video", "image" or "audio", or "messages"; it '
                 f"is {line.decode(errors='replace').strip():.80}"
@@ -97,18 +104,23 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _is_chat(row: dict[str, Any]) -> bool:
+    return isinstance(row["messages"], list) and bool(row["messages"])
+
+
 def _is_question(row: dict[str, Any]) -> bool:
-    return isinstance(row.get("question"), str) and any(row.get(kind) is not None for kind in KINDS)
+    media = [row[kind] for kind in KINDS if row.get(kind) is not None]
+    return isinstance(row.get("question"), str) and bool(media) and all(isinstance(name, str) for name in media)
 
 
-def read_done(path: Path, rows: list[dict[str, Any]], retry_errors: bool) -> set[int]:
+def read_done(path: Path, rows: list[dict[str, Any]], retry_errors: bool) -> dict[int, bool]:
     """
-    The indices of the lines that are in the output.
+    The indices of the lines that are in the output, and whether each has an error.
 
     Raises:
         UsageError: if the output is of another input, or is no output at all.
     """
-    done = set()
+    done: dict[int, bool] = {}
     for found in read_lines(path):
         index = found.pop("index", None)
         is_error = found.pop("error", None) is not None
@@ -117,7 +129,7 @@ def read_done(path: Path, rows: list[dict[str, Any]], retry_errors: bool) -> set
         if not isinstance(index, int) or not 0 <= index < len(rows) or json.dumps(found) != json.dumps(rows[index]):
             raise UsageError(f"{path} holds answers to other questions: give another file, or delete it.")
         if not is_error or not retry_errors:
-            done.add(index)
+            done[index] = is_error
     if path.exists():
         beginning, rest = b'{"index": ', path.read_bytes().rpartition(b"\n")[2]
         if not (rest.startswith(beginning) or beginning.startswith(rest)):
@@ -128,16 +140,35 @@ def read_done(path: Path, rows: list[dict[str, Any]], retry_errors: bool) -> set
 def make_messages(row: dict[str, Any], media_root: Path, system_prompt: str | None) -> list[dict[str, Any]]:
     """A line of the input as a chat."""
     if "messages" in row:
-        return row["messages"]
+        return [_with_places(message, media_root) for message in row["messages"]]
     content: list[dict[str, Any]] = []
     for kind in KINDS:
         if row.get(kind) is not None:
-            name = str(row[kind])
-            content.append({"type": kind, "path": name if is_address(name) else str(media_root / name)})
+            content.append({"type": kind, "path": _place(row[kind], media_root)})
     system = (
         [] if system_prompt is None else [{"role": "system", "content": [{"type": "text", "text": system_prompt}]}]
     )
     return [*system, {"role": "user", "content": [*content, {"type": "text", "text": row["question"]}]}]
+
+
+def _place(name: str, media_root: Path) -> str:
+    return name if is_address(name) else str(media_root / name)
+
+
+def _with_places(message: Any, media_root: Path) -> Any:
+    """A message whose entries name files by whole paths."""
+    if not isinstance(message, dict) or not isinstance(message.get("content"), list):
+        return message
+    content = [
+        {
+            name: _place(value, media_root) if name in (*KINDS, "path", "url") and isinstance(value, str) else value
+            for name, value in entry.items()
+        }
+        if isinstance(entry, dict)
+        else entry
+        for entry in message["content"]
+    ]
+    return {**message, "content": content}
 
 
 def answer_rows(args: argparse.Namespace, rows: list[dict[str, Any]], indices: list[int], is_shown: bool) -> int:

@@ -14,7 +14,7 @@ from .models import add_generation_arguments, add_model_arguments
 HELP = "describe videos, pictures or sounds"
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     parser = make_parser("caption", __doc__)
     parser.add_argument("arguments", nargs="+", metavar="FILE", help="files or addresses")
     parser.add_argument("--prompt", default="Describe the video.", help="what is asked (default: %(default)s)")
@@ -26,4 +26,4 @@ def main(argv: list[str]) -> None:
     media, others = split_media(args.arguments)
     if others:
         raise UsageError(f"There is no file {others[0]!r}. To ask something, use `videollama ask`.")
-    answer_questions(args, media, [args.prompt])
+    return answer_questions(args, media, [args.prompt])

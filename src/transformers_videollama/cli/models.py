@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,6 +137,8 @@ def check_model(name: str, **hub_options: Any) -> None:
 
     from ..configuration_video_llama import VideoLlamaConfig
 
+    if not os.path.isdir(name) and (os.path.isabs(name) or name.startswith(".")):
+        raise UsageError(f"There is no folder {name}.")
     if (Path(name) / "trained_part.json").is_file() and not (Path(name) / "config.json").is_file():
         raise UsageError(f"{name} holds trained branches alone: give it as --trained-part, and as --model their base.")
     found = PreTrainedConfig.get_config_dict(name, **hub_options)[0].get("model_type")
@@ -174,6 +177,14 @@ def _share(text: str) -> float:
     number = float(text)
     if not 0 < number <= 1:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, but is {number}")
+    return number
+
+
+def not_negative_integer(text: str) -> int:
+    """A whole number of 0 or more, as `argparse` reads it."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, but is {number}")
     return number
 
 

@@ -24,6 +24,19 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is no JSON: {error}.") from error
 
 
+def read_text(path: Path) -> str:
+    """
+    The text of a file in UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: it is in another encoding; the message names the file.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}.") from error
+
+
 def read_rows(path: Path) -> list[Row]:
     """
     The rows of a JSON file that is a list of them, or of a JSON Lines file.
@@ -31,13 +44,12 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ValueError: it is neither; the message names the file and the line.
     """
-    with path.open(encoding="utf-8-sig") as file:
-        is_list = file.read(64).lstrip()[:1] == "["
-    if is_list:
+    text = read_text(path)
+    if text.lstrip()[:1] == "[":
         rows = read_json(path)
     else:
         rows = []
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
                     rows.append(json.loads(line))

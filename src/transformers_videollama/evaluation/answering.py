@@ -175,6 +175,20 @@ def batches_by_medium(items: Sequence[Item], batch_size: int) -> Iterator[list[I
             yield members[start : start + batch_size]
 
 
+def _ask_all(
+    ask: Callable[[Sequence[Item], EncodedMedium | None], list[dict[str, Any]]],
+    batch: Sequence[Item],
+    encoded: EncodedMedium | None,
+) -> list[dict[str, Any]]:
+    """The records of a batch; a question that cannot be asked, because of its words, does not stop the others."""
+    try:
+        return ask(batch, encoded)
+    except ValueError as error:
+        if len(batch) == 1:
+            return [{"error": str(error)}]
+    return [record for item in batch for record in _ask_all(ask, [item], encoded)]
+
+
 def answer_missing(
     answers: Answers,
     items: Sequence[Item],
@@ -223,7 +237,7 @@ def answer_missing(
             except (MediaError, OSError, ValueError) as error:
                 records = [{"error": str(error)}] * len(batch)
             else:
-                records = ask(batch, encoded)
+                records = _ask_all(ask, batch, encoded)
             lines = [{"id": item.id, **record} for item, record in zip(batch, records, strict=True)]
             lines = [line for line in lines if line["id"] in missing]
             answers.append(lines)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .annotation_files import read_json, read_table, required
+from .annotation_files import read_json, read_table, read_text, required
 from .msvd_names import SPLITS
 
 Captions = dict[str, list[str]]
@@ -68,7 +68,7 @@ def _read_msrvtt(path: Path, splits: dict[str, str]) -> Captions:
 
 def _read_msvd_text(path: Path) -> Captions:
     captions: Captions = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip() or line.startswith("#"):
             continue
         video, _, caption = line.strip().partition(" ")

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from .annotation_files import read_text
+
 SPLITS = {"train": range(1, 1201), "val": range(1201, 1301), "test": range(1301, 1971)}
 """Which numbers belong to which part, as in Venugopalan et al. (2015)."""
 
@@ -18,7 +20,7 @@ def read_mapping(path: Path) -> dict[str, str]:
         ValueError: naming the line that is not of this form.
     """
     mapping = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         names = line.split()
         if not names:
             continue
