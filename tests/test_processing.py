@@ -4,6 +4,7 @@ it."""
 import base64
 import dataclasses
 import http.server
+import io
 import json
 import re
 import threading
@@ -484,11 +485,19 @@ def test_forms_of_one_image(processor, tmp_path):
         str(tmp_path / "picture.png"),
         tmp_path / "picture.png",
         (tmp_path / "picture.png").read_bytes(),
+        io.BytesIO((tmp_path / "picture.png").read_bytes()),
         np.array(image()),
     ):
         assert inputs_of(processor, user({"type": "image", "image": source}))["pixel_values"].equal(expected)
     entry = {"type": "image_url", "image_url": {"url": str(tmp_path / "picture.png")}}
     assert inputs_of(processor, user(entry))["pixel_values"].equal(expected)
+
+
+def test_a_picture_may_be_a_video_of_one_frame(processor, tmp_path):
+    image().save(tmp_path / "picture.png")
+    expected = processor.video_processor([str(tmp_path / "picture.png")], return_tensors="pt")["pixel_values_videos"]
+    entry = {"type": "video", "path": str(tmp_path / "picture.png")}
+    assert inputs_of(processor, user(entry))["pixel_values_videos"].equal(expected)
 
 
 def test_forms_of_one_sound(processor):

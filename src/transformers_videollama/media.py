@@ -826,7 +826,7 @@ def has_audio(source: MediaSource) -> bool:
         return False
 
 
-def open_picture(source: str | os.PathLike | bytes) -> PIL.Image.Image:
+def open_picture(source: MediaSource) -> PIL.Image.Image:
     """
     A picture, upright, in its own mode.
 

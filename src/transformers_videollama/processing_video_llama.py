@@ -26,6 +26,7 @@ from transformers.video_utils import VideoMetadata
 
 from .chat_templates import CHAT_TEMPLATES, STOP_STRINGS
 from .media import has_audio, is_opened, open_media, open_picture
+from .video_processing_video_llama import is_frame
 
 REPEATED_ROLE = "Assistant:"
 """What a model may begin its answer with, and what is no part of it."""
@@ -353,7 +354,7 @@ class VideoLlamaProcessor(ProcessorMixin):
         for message in (message for chat in chats for message in chat if isinstance(message.get("content"), list)):
             content = message["content"]
             for position, entry in enumerate(content):
-                if entry["type"] != "video" or not _is_file(entry["source"]):
+                if entry["type"] != "video" or not _is_file(entry["source"]) or is_frame(entry["source"]):
                     continue
                 entry["source"] = opened_files.enter_context(open_media(entry["source"]))
                 if not load_audio:
@@ -612,7 +613,8 @@ def read_image(source: Any) -> Any:
     An image file as a picture, with the library's reader.
 
     Args:
-        source: a path, an http(s) address, a `data:` URI or a file's bytes; anything else is returned as it is.
+        source: a path, an http(s) address, a `data:` URI, a file's bytes or a binary file object; anything else is
+            returned as it is.
 
     Returns:
         `PIL.Image.Image` in RGB, upright.
@@ -620,7 +622,7 @@ def read_image(source: Any) -> Any:
     Raises:
         MediaError: the file is not there, or cannot be read; the message names it.
     """
-    if not isinstance(source, (str, os.PathLike, bytes)):
+    if not _is_file(source):
         return source
     return open_picture(source).convert("RGB")
 
