@@ -307,21 +307,20 @@ class TrainIterableDataset(_Mixture, IterableDataset):
             number = (number + self._start["next_worker"]) % num_workers
             start = self._start["workers"].get(str(number), {"epoch": epoch, "consumed": 0})
             epoch, consumed = start["epoch"], start["consumed"]
-        num_bad = 0  # in a row
         while True:
-            index = -1
+            index, is_readable = -1, consumed > 0  # of what came before a position something was
             for index, row in enumerate(self._rows_of(number, num_workers, epoch)):
                 if index < consumed:
                     continue
                 # The name of its place, which is the same whoever reads it
                 key = int.from_bytes(hashlib.blake2b(row["source"].encode(), digest_size=8).digest(), "big")
                 sample = self._samples.build(row, self._samples.generator(epoch, key), index, epoch)
-                num_bad = num_bad + 1 if sample is None else 0
-                if num_bad == _MAX_ATTEMPTS:
-                    raise self._samples.error(f"{_MAX_ATTEMPTS} samples in a row cannot be read")
                 if sample is not None:  # else the next row takes its place
+                    is_readable = True
                     sample["position"] = torch.tensor([number, num_workers, epoch, index + 1])
                     yield sample
+            if index >= 0 and not is_readable:
+                raise self._samples.error(f"None of the {index + 1} samples of an epoch can be read")
             if not self.repeat or index < 0:
                 return
             epoch, consumed = epoch + 1, 0
