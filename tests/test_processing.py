@@ -255,6 +255,21 @@ def test_an_empty_audio_entry_beside_a_file_is_the_files_sound(processor):
                 assert chat == [user(*entries)], "the caller's chat stays as it was"
 
 
+@pytest.mark.parametrize(
+    "entry, error",
+    [
+        ({"type": "video", "file": str(CLIP)}, "'video' has no medium.*'path', 'url' or 'video'"),
+        ({"type": "image"}, "'image' has no medium"),
+        ({"type": "audio", "audio": None}, "'audio' has no medium.*stands for the sound of the video file beside it"),
+        (video(CLIP) | {"num_frames": 4}, "'num_frames' of a content entry is not read.*processor_kwargs"),
+        (video(CLIP) | {"fps": 1.0}, "'fps' of a content entry is not read"),
+    ],
+)
+def test_an_entry_without_a_medium_or_with_arguments_of_its_own_is_refused(processor, entry, error):
+    with pytest.raises(ValueError, match=error):
+        processor.apply_chat_template([user(entry)], tokenize=True, return_dict=True, return_tensors="pt")
+
+
 def test_messages_and_entries_may_be_objects(processor):
     """Dataclasses and, as those of the OpenAI client are, Pydantic's."""
 

@@ -31,6 +31,7 @@ from .video_processing_video_llama import is_frame
 REPEATED_ROLE = "Assistant:"
 """What a model may begin its answer with, and what is no part of it."""
 _MEDIA_TYPES = ("image", "video", "audio")
+_SAMPLING_ARGUMENTS = ("num_frames", "fps", "video_metadata")  # of calls, not of single content entries
 # What the library puts before special tokens that `sanitize_control_tokens` turns into plain text
 _USER_TEXT_MARK = "\U000f0000"
 
@@ -283,6 +284,8 @@ class VideoLlamaProcessor(ProcessorMixin):
         chats = [[_read_message(message) for message in chat] for chat in chats]
         with contextlib.ExitStack() as opened_files:
             video_entries = self._open_videos(chats, opened_files, load_audio_from_video)
+            if tokenize:
+                _check_media_are_given(chats)
             videos = self._process_for_prompt(video_entries, tokenize, call_kwargs)
             shown_chats = [[_show(message) for message in chat] for chat in chats]
             if sanitize_control_tokens:
@@ -540,6 +543,12 @@ def read_content_entry(entry: str | dict[str, Any]) -> dict[str, Any]:
         source = next((entry[name] for name in (kind, "url", "path") if entry.get(name) is not None), None)
         if source is None and entry.get("base64") is not None:
             source = _decode_base64(entry["base64"])
+        for name in _SAMPLING_ARGUMENTS:
+            if entry.get(name) is not None:
+                raise ValueError(
+                    f"'{name}' of a content entry is not read: give it for all videos, as"
+                    f" `processor_kwargs={{'{name}': …}}`; got {entry!r:.120}."
+                )
     elif kind in ("image_url", "video_url", "audio_url"):
         source = entry.get(kind)
         source = source.get("url") if isinstance(source, dict) else source
@@ -570,6 +579,16 @@ def _entries(chats: list[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
     for message in (message for chat in chats for message in chat):
         if isinstance(message.get("content"), list):
             yield from message["content"]
+
+
+def _check_media_are_given(chats: list[list[dict[str, Any]]]) -> None:
+    for entry in _entries(chats):
+        if entry["type"] in _MEDIA_TYPES and entry["source"] is None:
+            raise ValueError(
+                f"A content entry of type '{entry['type']}' has no medium: it is given as 'path', 'url' or"
+                f" '{entry['type']}'. (An empty 'audio' entry stands for the sound of the video file beside it, where"
+                " that is to be heard.)"
+            )
 
 
 def _show(message: dict[str, Any]) -> dict[str, Any]:
