@@ -25,6 +25,7 @@ from transformers_videollama.modeling_video_llama_branches import VideoLlamaBran
 from transformers_videollama.training.feature_cache import FeatureCache
 
 LEARNING_RATE = 5e-4
+REARRANGED_STEPS = 2.5  # times as many steps with frames in other orders: which way things move is learnt last
 _SHARPNESS = 10.0  # of the choice between words, in units of the mean squared distance of two of them
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # memory (n, steps in time, tokens, width), numbers of words (n, places)
@@ -114,7 +115,10 @@ def rearranged_batch(
 
 
 def shares(scenes: list[Scene]) -> np.ndarray:
-    """How often each clip is drawn: what moves while others come and go is seen for two or three frames only."""
+    """
+    How often each clip is drawn: what moves while others come and go is seen for two or three frames only, and what is
+    true of one of several things is harder to tell than of one thing alone.
+    """
     weights = np.array([_weight(scene) for scene in scenes])
     return weights / weights.sum()
 
@@ -122,8 +126,9 @@ def shares(scenes: list[Scene]) -> np.ndarray:
 def _weight(scene: Scene) -> float:
     if scene.type == "order" and any(thing.motion for thing in scene.objects):
         return 6.0
-    is_hard = len(scene.objects) == 3 or any(thing.event == "changes" for thing in scene.objects)
-    return 1.5 if is_hard else 1.0
+    if len(scene.objects) > 1:
+        return 3.0 if len(scene.objects) == 2 else 4.0
+    return 1.5 if any(thing.event == "changes" for thing in scene.objects) else 1.0
 
 
 def start_branch(
@@ -194,15 +199,16 @@ def start_branches(
         numbers = encode(name, list(words.values()))
         loss = WordLoss(dictionaries[name], numbers)
         training, validation = slice(-num_validation), slice(-num_validation, None)
-        draws = {f"{name} branch": partial(stored_batch, memory[training], numbers[training])}
+        draws = {f"{name} branch": (steps, partial(stored_batch, memory[training], numbers[training]))}
         if name == "video":  # first as they are, from which it is quicker to learn what is where
             shown = scenes[training]
-            draws["video branch, rearranged"] = partial(
-                rearranged_batch, memory[training], numbers[training], shown, shares(shown), loss
+            draws["video branch, rearranged"] = (
+                round(REARRANGED_STEPS * steps),
+                partial(rearranged_batch, memory[training], numbers[training], shown, shares(shown), loss),
             )
-        for title, draw in draws.items():
+        for title, (number, draw) in draws.items():
             checkpoint = work / f"{title.replace(', ', '_').replace(' ', '_')}.pt"
-            start_branch(title, branch, partial(draw, size=batch_size), loss, checkpoint, steps, seed)
+            start_branch(title, branch, partial(draw, size=batch_size), loss, checkpoint, number, seed)
         score = word_score(branch, memory[validation], numbers[validation], loss)
         print(f"{name} branch: all words right of {score:.1%} of clips not trained on", flush=True)
     temporary = output.with_name(f"{output.name}.tmp")

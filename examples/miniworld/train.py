@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sound-batch-size", type=int, default=64)
     parser.add_argument("--dictionary-steps", type=int, default=2000, help="steps of the dictionaries' training")
     parser.add_argument("--dictionary-batch-size", type=int, default=16)
-    parser.add_argument("--branch-steps", type=int, default=4000, help="steps that start a branch, twice for video")
+    parser.add_argument("--branch-steps", type=int, default=4000, help="steps to start a branch, 3.5 times for video")
     parser.add_argument("--branch-batch-size", type=int, default=64)
     parser.add_argument("--stage-steps", type=int, help="steps of each later stage, in place of those in `stages/`")
     parser.add_argument("--processes", type=int, default=2, help="processes that render and read clips")
