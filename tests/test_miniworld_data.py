@@ -178,7 +178,8 @@ def test_each_question_has_its_answer_among_the_choices(scenes):
         for item in questions(scene, rng):
             answers[item.family][item.canonical] += 1
             assert item.canonical in item.options and set(item.options) <= set(CHOICES[item.family])
-            assert item.short == (item.answer == item.canonical) == ("full sentence" not in item.question)
+            assert item.short == (item.answer == item.canonical)
+            assert item.short == ("full sentence" not in item.question) or item.family == "match"
         turns = conversation(scene, rng, SIGHT_FAMILIES, 4)
         assert len(turns) == len(set(turns)) <= 4 and not {item.family for item in turns} & set(SOUND_FAMILIES)
     assert set(answers) == set(FAMILIES)
@@ -344,6 +345,26 @@ def test_frames_stand_for_sounds(scenes):
             assert all(HELD_OUT_SOUNDS[kind] != heard.kinds[0] for kind in scene.kinds)
             matches[heard.kinds[0] in scene.kinds] += bool(scene.objects)
     assert matches[True] / matches.total() == pytest.approx(0.5, abs=0.06)
+
+
+def test_whether_the_sound_belongs_is_asked_before_yes_or_no_gives_it_away(scenes):
+    train = scenes["train"]
+    places, answers = Counter(), Counter()
+    for name, row in make_data.audio_annotations(train, "train", 3):
+        (sounding, *shown) = [item for item in row["messages"][0]["content"] if item["type"] != "text"]
+        if name != "audio-conversations" or not shown:
+            continue
+        said = [message["content"][0]["text"] for message in row["messages"][1::2]]
+        for place, answer in enumerate(said):
+            if answer.startswith("I hear") and ": " in answer:
+                (heard,) = train[int(sounding["path"][-10:-4])].kinds
+                belongs = heard in train[int(shown[0]["path"][-10:-4])].kinds
+                assert answer.endswith("see it: yes." if belongs else "see none: no.") and heard in answer
+                assert not any(earlier.startswith(("Yes", "No")) for earlier in said[:place] if earlier != "Nothing.")
+                places[place] += 1
+                answers[belongs] += 1
+    assert answers[True] / answers.total() == pytest.approx(0.5, abs=0.06)
+    assert places[0] / places.total() == pytest.approx(0.4, abs=0.06)
 
 
 def test_eye_and_ear_differ_as_often_as_they_agree(scenes):

@@ -134,11 +134,16 @@ class _Writer:
         canonical: str,
         sentence: str,
         options: Iterable[str] | None = None,
+        in_steps: bool = False,
     ) -> None:
+        """`in_steps`: what takes two steps is always answered by a sentence that takes one after the other; yes or no
+        at once is learnt far more slowly. All such sentences are of one length, since batches are."""
         question = str(self.rng.choice(questions))
         short = bool(self.rng.random() >= _FULL_SENTENCE_SHARE)
         options = CHOICES[family] if options is None else tuple(options)
-        if short:
+        if in_steps:
+            self.items.append(QA(family, question, sentence, canonical, False, options))
+        elif short:
             self.items.append(QA(family, question, canonical, canonical, True, options))
         else:
             self.items.append(QA(family, f"{question} {_FULL_SENTENCE}", sentence, canonical, False, options))
@@ -343,15 +348,13 @@ def _ask_sound(writer: _Writer, scene: Scene) -> None:
         return
     if scene.objects:
         matches = sound in scene.kinds
-        sentence = (
-            "Yes, the sound belongs to what I see." if matches else "No, the sound does not belong to what I see."
-        )
+        sentence = f"I hear {a(sound)} and see {'it: yes' if matches else 'none: no'}."
         asked = (
             "Does the sound belong to what you see?",
             "Does the sound match the video?",
             "Do you see what makes the sound?",
         )
-        writer.ask("match", asked, _YES_NO[not matches], sentence)
+        writer.ask("match", asked, _YES_NO[not matches], sentence, in_steps=True)
     when = _WHEN[scene.moment]
     asked = ("When do you hear it?", "When is the sound heard?")
     writer.ask("when", asked, f"{when.capitalize()}.", f"I hear it {when}.")

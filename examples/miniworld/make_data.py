@@ -58,6 +58,7 @@ PRESENCE_QUESTIONS = 2  # in each of the video branch's
 MOTION_CONVERSATIONS = 4
 NAME_CONVERSATIONS = COLOUR_CONVERSATIONS = 2
 CHANGE_CONVERSATIONS = 4
+MATCH_SHARE = 0.4  # of the audio branch's that ask whether the sound belongs to what is seen
 ANNOTATIONS = ("captions", "conversations", "audio-captions", "audio-conversations")
 
 
@@ -200,8 +201,9 @@ def audio_annotations(scenes: list[Scene], split: str, seed: int) -> Iterator[tu
             items += (confusions(pair, rng) if rng.random() < 0.2 else []) or [heard, presence(pair, rng)][: 2 - alone]
             if not alone:
                 media.append(("video", clip_name(split, index)))
+                if rng.random() < MATCH_SHARE:  # before what gives it away
+                    items = matches[:1] + items
                 # More about what is seen: the sound's tokens must not get in the way of the frames'
-                items += matches[:1] if rng.random() < 0.2 else []
                 items.append(presence(pair, rng))
                 if number == 0 and _are_three_at_once(scene):
                     items += motions(pair, rng)
