@@ -70,6 +70,28 @@ def test_loss_without_logits_is_the_same(num_items):
     torch.testing.assert_close(short.loss, whole.loss, rtol=1e-6, atol=0)
 
 
+def test_labels_of_another_shape_than_the_prompt_are_refused():
+    inputs = batch(prompt(3, "video", 5))
+    labels = inputs["input_ids"][:, 1:]
+    with pytest.raises(ValueError, match=r"`labels` are of shape \(1, 11\), but the prompt is of shape \(1, 12\)"):
+        tiny_model()(**inputs, pixel_values_videos=videos(1), labels=labels, skip_logits=True)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_emptying_gradients_reaches_those_of_every_part(set_to_none):
+    model = tiny_model()
+    model.set_trainable("video")
+    model.eval()
+    model.model.qformer.requires_grad_(True)  # by hand, after the choice
+    inputs = batch(prompt(2, "video", 5))
+    model(**inputs, pixel_values_videos=videos(1), labels=inputs["input_ids"]).loss.backward()
+    had = [name for name, parameter in model.named_parameters() if parameter.grad is not None]
+    assert {name.split(".")[1] for name in had} == {"video_branch", "qformer"}
+    model.zero_grad(set_to_none=set_to_none)
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert len(gradients) == (0 if set_to_none else len(had)) and not any(gradient.any() for gradient in gradients)
+
+
 def test_features_in_place_of_media_give_the_same():
     model = tiny_model()
     inputs = batch(prompt(1, "image", "video", 2, "audio", 3))

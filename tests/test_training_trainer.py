@@ -1,6 +1,8 @@
 """The trainer trains the chosen branch and nothing else, and its memory and batch settings change no result."""
 
 import copy
+import itertools
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +13,14 @@ import torch
 from safetensors.torch import load_file
 from tiny_model import tiny_model
 from torch._dynamo.utils import counters
-from training_runs import eval_losses, losses, make_dataset, make_model, make_trainer
+from torch.utils._python_dispatch import TorchDispatchMode
+from training_runs import eval_losses, losses, make_arguments, make_dataset, make_model, make_trainer
+from transformers.trainer_callback import TrainerCallback
 
 from transformers_videollama import VideoLlamaForConditionalGeneration, from_trained_part, load_trained_part
 from transformers_videollama.training.arguments import ModelArguments
 from transformers_videollama.training.checkpoints import find_damage, list_checkpoints
+from transformers_videollama.training.collator import VideoLlamaDataCollator
 from transformers_videollama.training.run import add_adapter
 from transformers_videollama.training.trainer import VideoLlamaTrainer
 
@@ -142,8 +147,11 @@ def test_samples_of_one_length_are_grouped_without_reading_their_media(tmp_path:
     assert orders[0] == orders[2] != orders[1] and sorted(orders[0]) == list(range(1000))
     # The texts are numbers of one to three digits. The library sorts them in ten heaps, each with two borders at most;
     # of batches drawn at random 95 would be mixed.
-    batches = zip(orders[1][::2], orders[1][1::2], strict=True)
+    batches = list(zip(orders[1][::2], orders[1][1::2], strict=True))
     assert sum(len(str(first)) != len(str(second)) for first, second in batches) <= 20
+    # In the library's order few batches of one and two digits lie in ten runs; at random nearly each is a run
+    is_short = [len(str(first)) < 3 for first, _ in batches[1:]]
+    assert sum(short and not before for short, before in itertools.pairwise(is_short)) > 30
 
 
 def test_texts_without_media_train_beside_others(model: VideoLlamaForConditionalGeneration, tmp_path: Path) -> None:
@@ -222,6 +230,87 @@ def test_accumulated_batches_weigh_every_label_alike(tmp_path: Path) -> None:
         found[name] = first_gradients(trainer), losses(trainer)
     assert_close(found["one batch"][0], found["accumulated"][0])
     assert found["accumulated"][1] == pytest.approx(found["one batch"][1], rel=1e-5)
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_padding_changes_no_loss_wherever_it_is(padding_side: str, tmp_path: Path) -> None:
+    found = {}
+    for size in (1, 4):
+        model = tiny_model()
+        model.set_trainable("video")
+        settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 4 // size}
+        trainer = make_trainer(tmp_path / "run", model=model, num_rows=8, max_steps=2, **settings)
+        trainer.data_collator = VideoLlamaDataCollator(pad_token_id=0, padding_side=padding_side)
+        masks = []
+        model.model.language_model.register_forward_pre_hook(
+            lambda _, args, kwargs, masks=masks: masks.append(kwargs["attention_mask"]), with_kwargs=True
+        )
+        trainer.train()
+        assert all((mask is None) == (padding_side == "right") for mask in masks)
+        found[size] = losses(trainer)
+    assert found[4] == pytest.approx(found[1], rel=1e-5)
+
+
+class Reads(TorchDispatchMode):
+    """Notes operations whose result the host reads, for which it waits until a GPU has done all that was queued."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        masks = args[1] if name in ("index", "index_put", "index_put_") else ()
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "masked_scatter_backward") or any(
+            mask is not None and mask.dtype == torch.bool for mask in masks
+        ):
+            self.noted.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_from_the_device_between_the_loss_and_the_next_step(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "run", max_steps=4, logging_steps=10, per_device_train_batch_size=3)
+    reads = Reads()
+    backward = trainer.accelerator.backward
+
+    def note_from_here(*args: Any, **kwargs: Any) -> None:
+        reads.__enter__()
+        backward(*args, **kwargs)
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            reads.__exit__(None, None, None)
+
+    trainer.accelerator.backward = note_from_here
+    trainer.add_callback(Stop())
+    trainer.train()
+    assert not reads.noted
+    with reads:
+        assert torch.ones(3)[torch.tensor([True, False, True])].sum().item() == 2
+    assert reads.noted == ["index", "_local_scalar_dense"]
+
+
+def test_batches_are_copied_beside_the_computation_unless_told_otherwise(tmp_path: Path) -> None:
+    assert make_arguments(tmp_path).accelerator_config.non_blocking
+    assert not make_arguments(tmp_path, dataloader_pin_memory=False).accelerator_config.non_blocking
+    assert not make_arguments(tmp_path, accelerator_config={"non_blocking": False}).accelerator_config.non_blocking
+
+
+def test_a_loss_that_is_no_number_is_in_the_log(model: VideoLlamaForConditionalGeneration, tmp_path: Path) -> None:
+    with torch.no_grad():
+        model.lm_head.weight[0] = float("nan")
+    trainer = make_trainer(tmp_path / "run", model=model, max_steps=2)
+    trainer.train()
+    assert all(math.isnan(loss) for loss in losses(trainer)) and len(losses(trainer)) == 2
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])
+def test_the_log_has_the_norm_of_all_gradients(max_grad_norm: float, tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path / "run", max_steps=1, max_grad_norm=max_grad_norm)
+    used = torch.cat([gradient.flatten() for gradient in first_gradients(trainer).values()]).norm().item()
+    (norm,) = [line["grad_norm"] for line in trainer.state.log_history if "loss" in line]
+    assert norm > 1  # of more than it is clipped to
+    assert used == pytest.approx(max_grad_norm or norm, rel=1e-4)
 
 
 def test_gradient_checkpointing_recomputes_the_decoder_and_changes_no_gradient(tmp_path: Path) -> None:

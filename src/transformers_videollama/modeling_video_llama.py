@@ -66,6 +66,7 @@ from .modeling_video_llama_towers import (
     VideoLlamaAudioVisionModel,
     VideoLlamaVisionModel,
 )
+from .walk import walk_modules, walk_parameters
 
 # Arguments of `from_pretrained` that say where and how to fetch a file
 _HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -679,7 +680,7 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
             )
             for modality, mask in zip(MODALITIES, masks, strict=True):
                 if modality in features:
-                    inputs_embeds = inputs_embeds.masked_scatter(mask.unsqueeze(-1), features[modality])
+                    inputs_embeds = _put_soft_tokens(inputs_embeds, mask, features[modality])
 
         outputs = self.language_model(
             input_ids=input_ids if inputs_embeds is None else None,
@@ -778,9 +779,9 @@ class VideoLlamaModel(VideoLlamaPreTrainedModel):
         # A trainer asks for this at every step: of thousands of modules that rest already none is set again
         for name, part in self.named_children():
             rests = name in _ENCODERS and name not in self._trainable_parts
-            if mode and not rests and any(parameter.requires_grad for parameter in part.parameters()):
+            if mode and not rests and any(parameter.requires_grad for parameter in walk_parameters(part)):
                 part.train()
-            elif any(module.training for module in part.modules()):
+            elif any(module.training for module in walk_modules(part)):
                 part.eval()
         return self
 
@@ -830,6 +831,15 @@ class VideoLlamaForConditionalGeneration(VideoLlamaPreTrainedModel, VideoLlamaGe
         return self.model.get_audio_features(
             input_features, pixel_values_videos, padding_mask_videos, clip_features, **kwargs
         )
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """See [`torch.nn.Module.zero_grad`], which takes longer to find the few gradients among the parameters."""
+        if not set_to_none:
+            super().zero_grad(set_to_none=False)
+            return
+        for parameter in walk_parameters(self):
+            if parameter.grad is not None:
+                parameter.grad = None
 
     def set_trainable(self, parts: str | Sequence[str]) -> list[str]:
         """See [`VideoLlamaModel.set_trainable`]."""
@@ -903,12 +913,18 @@ class VideoLlamaForConditionalGeneration(VideoLlamaPreTrainedModel, VideoLlamaGe
             labels = labels.masked_fill(self.model.is_placeholder(labels), -100)
         loss, logits = None, None
         if labels is not None and skip_logits:
-            targets = labels[:, 1:]
-            is_target = targets != -100
+            hidden_states = outputs.last_hidden_state
+            if labels.shape != hidden_states.shape[:2]:
+                raise ValueError(
+                    f"`labels` are of shape {tuple(labels.shape)}, but the prompt is of shape "
+                    f"{tuple(hidden_states.shape[:2])}: give a label, or -100, for each of its tokens."
+                )
+            # What predicts a label: the last of a sequence predicts none. By position, for which a GPU is waited once
+            positions = nn.functional.pad(labels[:, 1:] != -100, (0, 1)).flatten().nonzero().squeeze(1)
             loss = self.loss_function(
-                logits=self.lm_head(outputs.last_hidden_state[:, :-1][is_target]),
+                logits=self.lm_head(hidden_states.flatten(0, 1).index_select(0, positions.to(hidden_states.device))),
                 labels=None,
-                shift_labels=targets[is_target],
+                shift_labels=labels.flatten().index_select(0, positions + 1),
                 vocab_size=self.config.text_config.vocab_size,
                 **kwargs,
             )
@@ -932,6 +948,16 @@ class VideoLlamaForConditionalGeneration(VideoLlamaPreTrainedModel, VideoLlamaGe
             video_outputs=outputs.video_outputs,
             audio_outputs=outputs.audio_outputs,
         )
+
+
+def _put_soft_tokens(inputs_embeds: torch.Tensor, mask: torch.BoolTensor, soft_tokens: torch.Tensor) -> torch.Tensor:
+    """
+    The embedded prompts with the soft tokens, in order, where the mask is true, which it must be once for each.
+    `masked_scatter` would do the same, but for its gradient the host waits until a GPU is done with the decoder.
+    """
+    soft_tokens = soft_tokens.reshape(-1, inputs_embeds.shape[-1])
+    positions = mask.flatten().byte().argsort(descending=True, stable=True)[: soft_tokens.shape[0]]
+    return inputs_embeds.flatten(0, 1).index_copy(0, positions, soft_tokens).view_as(inputs_embeds)
 
 
 def _check_frames(

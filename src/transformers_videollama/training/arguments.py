@@ -207,11 +207,28 @@ class VideoLlamaTrainingArguments(TrainingArguments):
             "all with `feature_cache`."
         },
     )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Leave losses that are no number out of the log. Off, unlike the library's, because it waits for "
+            "the GPU at every step, and hides that a run has failed."
+        },
+    )
+    accelerator_config: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Settings of `accelerate`, in JSON or a file of it. By default `non_blocking`, unlike the "
+            "library's: batches are copied to the GPU while it computes, from the memory that "
+            "`dataloader_pin_memory` pins."
+        },
+    )
     logging_steps: float = field(default=10, metadata={"help": "Steps between two lines of the log."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: samples have no columns."})
     hub_strategy: str = field(default="end", metadata={"help": "When the trained part is pushed to the Hub."})
 
     def __post_init__(self) -> None:
+        if self.accelerator_config is None:
+            self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
         super().__post_init__()
         if self.min_learning_rate is None:
             self.min_learning_rate = 0.8 * self.learning_rate

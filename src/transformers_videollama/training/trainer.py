@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, send_to_device
 from huggingface_hub import CommitOperationAdd, HfApi
 from safetensors.torch import save_file
 from torch import nn
@@ -34,6 +34,7 @@ from transformers.utils import PushInProgress, logging
 
 from ..model_card import make_model_card
 from ..trained_part import DESCRIPTION_NAME, PARTS, WEIGHTS_NAME, load_trained_part, save_trained_part
+from ..walk import walk_modules
 from .arguments import VideoLlamaTrainingArguments
 from .checkpoints import (
     find_damage,
@@ -170,16 +171,28 @@ class VideoLlamaTrainer(Trainer):
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return super()._clip_grad_norm(self._what_has_gradients(model))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return super()._get_grad_norm(self._what_has_gradients(model), grad_norm=grad_norm)
+
+    def _what_has_gradients(self, model: nn.Module) -> nn.Module:
+        """In place of the model, for the norm of its gradients, which take time to find among all parameters."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # which have ways of their own to know the model
+            return model
+        return nn.ParameterList(p for group in self.optimizer.param_groups for p in group["params"])
+
     # Data
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """
         The library's. To group samples by length, it would decode all media first, and draw another order when the run
-        is resumed.
+        is resumed. A group is what all processes train on in one step.
         """
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy == "group_by_length" and isinstance(dataset, TrainDataset):
-            batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+            batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
             return _LengthGroupedSampler(batch_size, dataset.text_lengths(), seed)
         return super()._get_train_sampler(train_dataset)
@@ -247,16 +260,22 @@ class VideoLlamaTrainer(Trainer):
         if position is not None:
             self.train_dataset.update_position(position)
         self._throughput.add(inputs)
+        inputs = send_to_device(inputs, self.args.device, self.accelerator.non_blocking)  # those of a stream
         return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """
         The model's loss, in training computed at the labelled positions alone. The library counts the labels of all
         accumulated batches and processes, and the model divides by that number, so that every label weighs the same.
+
+        Padding on the right is not told to the decoder: no token looks ahead, so that none sees it, and attention
+        without a mask is faster.
         """
         if model.training:
             _enable_checkpointing_in_eval_mode(model)
             inputs = {**inputs, "skip_logits": True}
+        if getattr(self.data_collator, "padding_side", None) == "right":
+            inputs = {name: tensor for name, tensor in inputs.items() if name != "attention_mask"}
         return super().compute_loss(model, {**inputs, "use_cache": False}, *args, **kwargs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -555,7 +574,10 @@ class VideoLlamaTrainer(Trainer):
 
 
 class _LengthGroupedSampler(LengthGroupedSampler):
-    """The library's, whose order of an epoch depends on the seed and the epoch alone."""
+    """
+    The library's, whose order of an epoch depends on the seed and the epoch alone, and whose batches come in random
+    order. The library's come from long to short, fifty at a time: what only long texts hold is forgotten between.
+    """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int):
         super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
@@ -567,7 +589,12 @@ class _LengthGroupedSampler(LengthGroupedSampler):
 
     def __iter__(self) -> Iterator[int]:
         self.generator.manual_seed(self.seed + self.epoch)
-        return super().__iter__()
+        indices = list(super().__iter__())
+        batches = [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
+        # The first holds the longest text, by which a lack of memory is found at once; the last may be smaller
+        middle = (torch.randperm(max(len(batches) - 2, 0), generator=self.generator) + 1).tolist()
+        batches[1:-1] = [batches[number] for number in middle]
+        return itertools.chain.from_iterable(batches)
 
 
 class _Stream(IterableDataset):
@@ -639,7 +666,7 @@ def _enable_checkpointing_in_eval_mode(model: nn.Module) -> None:
     decoder's. This marks the layers themselves as training, but not what they consist of, so that no dropout is
     applied.
     """
-    for module in model.modules():
+    for module in walk_modules(model):
         if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing:
             module.training = True
 
