@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -316,6 +317,24 @@ def test_a_file_that_the_browser_cannot_play(visitor: Visitor, files: Path, tmp_
     visitor.upload(files / "clip.mp4")
     visitor.wait_for_frames()
     assert visitor.page.locator("#video video").is_visible() and visitor.page.locator(".unplayable").count() == 0
+
+
+@pytest.mark.parametrize("seconds", [0, 0.5])
+def test_a_video_that_is_removed_while_an_answer_is_awaited(visitor: Visitor, files: Path, seconds: float) -> None:
+    visitor.upload(files / "clip.mp4")
+    visitor.wait_for_frames()
+    visitor.set("Most tokens of an answer", 1024)
+    visitor.page.locator("#question textarea").fill("Tell me a story.")
+    visitor.page.locator("#ask").click()
+    time.sleep(seconds)
+    visitor.page.locator("#video").get_by_label("Clear").click()
+    visitor.page.locator("#view .frames").wait_for(state="detached")
+    visitor.wait_for_end()
+    assert visitor.page.locator(BOT).count() == visitor.page.locator("#notice [role=alert]").count() == 0
+    visitor.upload(files / "clip_silent.mp4")
+    visitor.wait_for_frames()
+    visitor.set("Most tokens of an answer", 16)
+    assert visitor.ask("What is it?", 1)
 
 
 def test_who_waits_sees_how_many_are_before(browser: Any, site: Site, files: Path) -> None:

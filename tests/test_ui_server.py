@@ -5,6 +5,7 @@ import json
 import os
 import socket
 import threading
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -19,7 +20,7 @@ from starlette.responses import FileResponse
 from transformers_videollama.ui.events import PageEvents
 from transformers_videollama.ui.page import make_page
 from transformers_videollama.ui.server import PageServer, _Guard
-from transformers_videollama.ui.visitors import Medium, Visitors
+from transformers_videollama.ui.visitors import PATIENCE, Medium, Visitors
 
 
 def _get(app: Any, path: Path, **headers: str) -> list[dict[str, Any]]:
@@ -93,6 +94,28 @@ def test_uploads_that_nobody_opens_are_removed(tmp_path: Path) -> None:
     visitors.give(visitors["somebody"], Medium("video", paths[1]))
     visitors.remove_forgotten()
     assert [path.exists() for path in paths] == [False, True, True] and (uploads / "incomplete").exists()
+
+
+def test_uploads_do_not_outlive_a_visitor_who_leaves_while_they_are_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / name / "clip.mp4" for name in ("under way", "last event")]
+    for path in paths:
+        path.parent.mkdir()
+        path.touch()
+        os.utime(path.parent, (0, 0))
+    visitors = Visitors(tmp_path)
+    visitor = visitors["somebody"]
+    visitors.leave("somebody")
+    visitors.give(visitor, Medium("video", paths[0]))
+    assert [path.exists() for path in paths] == [False, True]
+    visitors.give(visitors["somebody"], Medium("video", paths[1]))
+    visitors.remove_forgotten()  # the same page may have come back
+    assert paths[1].exists()
+    later = time.time() + PATIENCE + 1
+    monkeypatch.setattr("time.time", lambda: later)
+    visitors.remove_forgotten()
+    assert not paths[1].exists()
 
 
 def test_a_stream_stays_open_when_all_is_answered(tmp_path: Path) -> None:

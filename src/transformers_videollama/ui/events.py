@@ -154,9 +154,9 @@ class PageEvents:
     ) -> Iterator[tuple[Any, ...]]:
         """Answers the question that was taken, piece by piece: `[question, chatbot, notice, ask, stop]`."""
         visitor = self.visitors[str(request.session_hash)]
-        turn = visitor.pending
-        if turn is None or visitor.medium is None:
-            yield (gr.skip(),) * 5
+        turn, medium = visitor.pending, visitor.medium
+        if turn is None or medium is None:
+            yield gr.skip(), gr.skip(), gr.skip(), *_buttons(visitor)
             return
         notice = ""
         try:
@@ -168,26 +168,29 @@ class PageEvents:
             media = self._prepare_chat(visitor, listens, turn.question, options["max_new_tokens"])
             chat = visitor.chat
             for text in self._answerer.ask(chat, turn.question, media, turn.is_stopped, **options):
-                if visitor.pending is not turn:  # a new chat has begun
-                    return
+                if visitor.pending is not turn:
+                    break
                 turn.answer = text
                 yield gr.skip(), visitor.messages(), gr.skip(), gr.skip(), gr.skip()
         except (MediaError, RequestError, ValueError) as error:
-            notice = show_notice(_without_folder(error, visitor.medium))
+            notice = show_notice(_without_folder(error, medium))
         except Exception:
-            if visitor.pending is not turn:  # whoever asked has left, and the files are gone
-                return
-            logger.exception("A question could not be answered")
+            if visitor.pending is turn:
+                logger.exception("A question could not be answered")
             notice = show_notice("The server failed at this question. Its log says why.")
         finally:
             turn.is_stopped.set()  # nobody waits for it any longer
-            if visitor.pending is turn:
+            is_awaited = visitor.pending is turn
+            if is_awaited:
                 visitor.pending = None
+        if not is_awaited:  # a new chat has begun, the medium was removed, or whoever asked has left
+            yield gr.skip(), visitor.messages(), gr.skip(), *_buttons(visitor)
+            return
         refused = gr.skip()
         if turn.answer == "" and turn in visitor.turns:
             visitor.turns.remove(turn)
             refused = turn.question  # to be asked again
-        yield refused, visitor.messages(), notice, gr.update(visible=True), gr.update(visible=False)
+        yield refused, visitor.messages(), notice, *_buttons(visitor)
 
     def _prepare_chat(
         self, visitor: Visitor, listens: bool, question: str, max_new_tokens: int
@@ -237,6 +240,12 @@ class PageEvents:
         """Forgets all visitors and stops answering."""
         self.visitors.close()
         self._answerer.close()
+
+
+def _buttons(visitor: Visitor) -> tuple[Any, Any]:
+    """To ask while nothing is answered, or to stop the answer."""
+    is_free = visitor.pending is None
+    return gr.update(visible=is_free), gr.update(visible=not is_free)
 
 
 def show_notice(text: str) -> str:

@@ -56,6 +56,8 @@ class Visitor:
         listens (`bool`): Whether that chat hears the sound of the video.
         turns (`list[Turn]`): What is shown of the chat.
         pending ([`Turn`], *optional*): The one of them that is not answered yet.
+        has_left (`bool`): Whether the page was closed before; what comes after may be a last event that was under way.
+        seen (`float`): When the last event came, in seconds since the epoch.
     """
 
     medium: Medium | None = None
@@ -63,6 +65,8 @@ class Visitor:
     listens: bool = True
     turns: list[Turn] = field(default_factory=list)
     pending: Turn | None = None
+    has_left: bool = False
+    seen: float = 0.0
 
     def forget_chat(self) -> None:
         """Ends the answer that is under way, and forgets all turns."""
@@ -94,25 +98,34 @@ class Visitors:
     def __init__(self, uploads: Path):
         self.uploads = uploads.resolve()
         self._visitors: dict[str, Visitor] = {}
+        self._left: dict[str, float] = {}  # who has left of late, and when
         self._uses: Counter[Path] = Counter()
         self._lock = Lock()
 
     def __getitem__(self, session_hash: str) -> Visitor:
         """A visitor, who may be new."""
         with self._lock:
-            return self._visitors.setdefault(session_hash, Visitor())
+            visitor = self._visitors.setdefault(session_hash, Visitor(has_left=session_hash in self._left))
+            visitor.seen = time.time()
+            return visitor
 
     def give(self, visitor: Visitor, medium: Medium | None) -> None:
-        """Gives a visitor another medium, or none, and removes the one before with the chat about it."""
+        """
+        Gives a visitor another medium, or none, and removes the one before with the chat about it. A medium for a
+        visitor who has left meanwhile is removed at once.
+        """
         visitor.forget_chat()
         with self._lock:
-            before, visitor.medium, visitor.chat = visitor.medium, medium, None
-            if medium is not None:
-                self._uses[medium.path] += 1
+            is_there = any(visitor is other for other in self._visitors.values())
+            given = medium if is_there else None
+            before, visitor.medium, visitor.chat = visitor.medium, given, None
+            if given is not None:
+                self._uses[given.path] += 1
             if before is not None:
                 self._uses[before.path] -= 1
-        if before is not None:
-            self.remove(before.path)
+        for unused in (before, medium):
+            if unused is not None:
+                self.remove(unused.path)
 
     def remove(self, path: Path) -> None:
         """Removes an uploaded file that nobody uses."""
@@ -124,17 +137,26 @@ class Visitors:
                     shutil.rmtree(folder, ignore_errors=True)  # it may be gone by Gradio's own hand
 
     def remove_forgotten(self) -> None:
-        """Removes files that were uploaded a while ago and that no visitor has opened."""
+        """
+        Removes files that were uploaded a while ago and that no visitor has opened, or one who closed the page before
+        and has done nothing since.
+        """
+        now = time.time()
+        for session_hash, visitor in list(self._visitors.items()):
+            if visitor.has_left and visitor.pending is None and now - visitor.seen > PATIENCE:
+                self.leave(session_hash)
         with self._lock:
+            self._left = {session_hash: since for session_hash, since in self._left.items() if now - since <= PATIENCE}
             used = {path.resolve().parent for path, number in self._uses.items() if number > 0}
             for folder in self.uploads.glob("*"):
-                if folder not in used and folder.is_dir() and time.time() - folder.stat().st_mtime > PATIENCE:
+                if folder not in used and folder.is_dir() and now - folder.stat().st_mtime > PATIENCE:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def leave(self, session_hash: str) -> None:
         """Forgets a visitor and all that was uploaded."""
         with self._lock:
             visitor = self._visitors.pop(session_hash, None)
+            self._left[session_hash] = time.time()
         if visitor is not None:
             self.give(visitor, None)
 
