@@ -9,7 +9,9 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny_model import tiny_config
-from transformers import LlamaConfig
+from transformers import AutoModelForImageTextToText, LlamaConfig
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 
 from transformers_videollama import (
     VideoLlamaForConditionalGeneration,
@@ -150,8 +152,20 @@ def test_an_adapter_loads_with_its_model_but_not_without_the_part_beside_it(tmp_
         VideoLlamaForConditionalGeneration.from_pretrained(tmp_path / "run")
     config.write_text(named)
     save_trained_part(make_model(1), tmp_path / "run", parts=["video_branch"])
-    with pytest.raises(ValueError, match=r"run holds trained branches beside its adapter: .* `from_trained_part`"):
-        VideoLlamaForConditionalGeneration.from_pretrained(tmp_path / "run")
+    for loader in (VideoLlamaForConditionalGeneration, AutoModelForImageTextToText):
+        with pytest.raises(ValueError, match=r"run holds trained branches beside its adapter: .* `from_trained_part`"):
+            loader.from_pretrained(tmp_path / "run")
+
+
+def test_an_adapter_that_is_left_out_is_named(tmp_path: Path) -> None:
+    make_model(0).save_pretrained(tmp_path / "base")
+    save_trained_part(make_model(1), tmp_path / "run", base_model=tmp_path / "base")
+    logger = logging.get_logger("transformers_videollama.trained_part")
+    for expected in (False, True):
+        with CaptureLogger(logger) as captured:
+            from_trained_part(tmp_path / "run")
+        assert ("run holds a LoRA adapter beside the trained part" in captured.out) == expected
+        LoraConfig(target_modules=["q_proj"]).save_pretrained(tmp_path / "run")
 
 
 def test_it_takes_the_models_dtype(tmp_path: Path) -> None:

@@ -352,6 +352,12 @@ def test_what_could_not_be_read_is_tried_again_when_asked(model, processor, tmp_
     assert len(list((tmp_path / "cache").glob("shard-*.jsonl"))) == 2  # nothing else was encoded again
 
 
+def test_others_may_read_the_files(cache, tmp_path):
+    (tmp_path / "plain").touch()
+    for path in cache.directory.glob("shard-*"):
+        assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode, path
+
+
 def test_only_one_run_writes_a_cache(model, processor, tmp_path):
     write_media(tmp_path / "clip.mp4", num_frames=9)
     (tmp_path / "cache").mkdir()

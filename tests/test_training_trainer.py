@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tiny_model import tiny_model
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import eval_losses, losses, make_arguments, make_dataset, make_model, make_trainer
+from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
 from transformers_videollama import VideoLlamaForConditionalGeneration, from_trained_part, load_trained_part
@@ -22,7 +24,7 @@ from transformers_videollama.training.arguments import ModelArguments
 from transformers_videollama.training.checkpoints import find_damage, list_checkpoints
 from transformers_videollama.training.collator import VideoLlamaDataCollator
 from transformers_videollama.training.run import add_adapter
-from transformers_videollama.training.trainer import VideoLlamaTrainer
+from transformers_videollama.training.trainer import VideoLlamaTrainer, _Throughput
 
 BRANCH = "model.video_branch."
 
@@ -99,6 +101,56 @@ def test_only_the_branch_is_trained(branch: str, model: VideoLlamaForConditional
             assert module.training
         elif name.startswith(("model.vision_tower", "model.qformer", "model.audio_", "model.language_model")):
             assert not module.training or name.startswith(f"model.{branch}_branch")
+
+
+def test_a_model_may_be_made_by_the_trainer_and_arguments_stand_where_the_library_has_them(tmp_path: Path) -> None:
+    def make() -> VideoLlamaForConditionalGeneration:
+        model = tiny_model()  # it seeds the generator, so nothing else may draw: no dropout, no random order
+        model.set_trainable("video")
+        return model
+
+    given = make_trainer(tmp_path / "given", model=make(), train_sampling_strategy="sequential")
+    given.train()
+    made = VideoLlamaTrainer(None, given.args, given.data_collator, given.train_dataset, model_init=make)
+    made.train()
+    assert losses(made) == losses(given)
+    with pytest.raises(TypeError, match="must be `VideoLlamaTrainingArguments`.* but are `TrainingArguments`"):
+        VideoLlamaTrainer(make_model(), TrainingArguments(str(tmp_path), use_cpu=True))
+
+
+def test_adapters_that_no_checkpoint_would_hold_are_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["q_proj"])
+    model = make_model()
+    model.add_adapter(config, adapter_name="mine")
+    with pytest.raises(ValueError, match="adapter 'mine' is trainable.* without a name"):
+        VideoLlamaTrainer(model)
+    with pytest.raises(ValueError, match=r"a `PeftModel` around the model.*add_adapter"):
+        VideoLlamaTrainer(get_peft_model(make_model(), config))
+
+
+def test_batches_without_token_ids_are_counted() -> None:
+    throughput = _Throughput()
+    throughput.add({"inputs_embeds": torch.zeros(2, 5, 8)})
+    throughput.add({"inputs_embeds": torch.zeros(1, 4, 8), "attention_mask": torch.tensor([[1, 1, 1, 0]])})
+    assert throughput.samples == 3 and throughput.tokens == 13
+
+
+def test_predictions_are_logits_whatever_media_a_batch_has(
+    model: VideoLlamaForConditionalGeneration, tmp_path: Path
+) -> None:
+    seen = []
+    trainer = make_trainer(tmp_path / "run", model=model, num_eval_rows=3, per_device_eval_batch_size=1)
+    trainer.compute_metrics = lambda prediction: seen.append(prediction) or {}
+    text = {name: trainer.eval_dataset[1][name] for name in ("input_ids", "labels")}
+    text["input_ids"] = text["input_ids"].masked_fill(text["input_ids"] >= 64, 5)
+    image = dict(text, input_ids=trainer.eval_dataset[1]["input_ids"].clone())
+    image["input_ids"][image["input_ids"] == model.config.video_token_id] = model.config.image_token_id
+    image["pixel_values"] = [trainer.eval_dataset[1]["pixel_values_videos"][0][0]]
+    trainer.evaluate(OwnData([trainer.eval_dataset[0], text, image]))
+    longest = max(len(sample["input_ids"]) for sample in (trainer.eval_dataset[0], text, image))
+    assert seen[0].predictions.shape == (3, longest, model.config.text_config.vocab_size)
 
 
 def test_untrainable_and_unsavable_models_are_refused(tmp_path: Path) -> None:
@@ -291,9 +343,12 @@ def test_nothing_is_read_from_the_device_between_the_loss_and_the_next_step(tmp_
 
 
 def test_batches_are_copied_beside_the_computation_unless_told_otherwise(tmp_path: Path) -> None:
-    assert make_arguments(tmp_path).accelerator_config.non_blocking
-    assert not make_arguments(tmp_path, dataloader_pin_memory=False).accelerator_config.non_blocking
-    assert not make_arguments(tmp_path, accelerator_config={"non_blocking": False}).accelerator_config.non_blocking
+    def non_blocking(**settings: Any) -> bool:
+        return make_arguments(tmp_path, **settings).accelerator_config.non_blocking
+
+    assert non_blocking(use_cpu=False) and not non_blocking(use_cpu=True)
+    assert not non_blocking(use_cpu=False, dataloader_pin_memory=False)
+    assert not non_blocking(use_cpu=False, accelerator_config={"non_blocking": False})
 
 
 def test_a_loss_that_is_no_number_is_in_the_log(model: VideoLlamaForConditionalGeneration, tmp_path: Path) -> None:
@@ -302,6 +357,53 @@ def test_a_loss_that_is_no_number_is_in_the_log(model: VideoLlamaForConditionalG
     trainer = make_trainer(tmp_path / "run", model=model, max_steps=2)
     trainer.train()
     assert all(math.isnan(loss) for loss in losses(trainer)) and len(losses(trainer)) == 2
+
+
+def test_smoothed_labels_are_those_of_the_next_token(
+    model: VideoLlamaForConditionalGeneration, tmp_path: Path
+) -> None:
+    settings = {"max_steps": 1, "train_sampling_strategy": "sequential", "per_device_train_batch_size": 3}
+    trainer = make_trainer(tmp_path / "run", model=model, num_rows=3, label_smoothing_factor=0.1, **settings)
+    batch = trainer.data_collator([trainer.train_dataset[index] for index in range(3)])
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        logits = model(**batch).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.1
+    )
+    trainer.train()
+    assert losses(trainer) == [pytest.approx(expected.item(), rel=1e-5)]
+
+
+class OwnData(torch.utils.data.Dataset):
+    """Samples made elsewhere, whose items are read by number."""
+
+    def __init__(self, samples: list[dict[str, Any]]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.samples[index]
+
+
+def test_samples_of_ones_own_are_grouped_by_the_length_of_their_text(tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tmp_path / "run", num_rows=100, num_eval_rows=7, train_sampling_strategy="group_by_length", max_steps=3
+    )
+    samples = [trainer.train_dataset[index] for index in range(100)]
+    trainer.train_dataset = OwnData(samples)
+    trainer.processing_class = SimpleNamespace(model_input_names=["pixel_values"], save_pretrained=None)
+    order = list(trainer.get_train_dataloader().batch_sampler.sampler)
+    lengths = [len(samples[index]["input_ids"]) for index in order]
+    assert sorted(order) == list(range(100))
+    # Lengths of five kinds in ten heaps: few pairs are mixed, of pairs at random 40 were
+    assert sum(first != second for first, second in zip(lengths[::2], lengths[1::2], strict=True)) <= 40 / 3
+    # Evaluation goes on in its own order, and reads nothing for lengths
+    assert list(trainer.get_eval_dataloader().batch_sampler.sampler) == list(range(7))
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.0, 0.5])

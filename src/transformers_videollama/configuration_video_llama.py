@@ -281,6 +281,12 @@ class VideoLlamaConfig(PreTrainedConfig):
 
     model_type = "video_llama"
     _auto_class = "AutoConfig"
+    # What is no prediction: batches have them of other media, or have none
+    keys_to_ignore_at_inference = (
+        ["past_key_values", "cache"]
+        + [f"{modality}_hidden_states" for modality in ("image", "video", "audio")]
+        + [f"{modality}_outputs" for modality in ("image", "video", "audio")]
+    )
     sub_configs = {
         "vision_config": VideoLlamaVisionConfig,
         "qformer_config": VideoLlamaQFormerConfig,

@@ -156,6 +156,10 @@ class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
         if quantization_config is not None:
             quantization_config = _skip_media_parts(quantization_config)
         kwargs["quantization_config"] = quantization_config
+        adapter_options = kwargs.get("adapter_kwargs") or {}
+        if "_adapter_model_path" in adapter_options:  # of which an Auto class was given the name
+            hub_options = {name: adapter_options[name] for name in _HUB_OPTIONS if name in adapter_options}
+            _refuse_trained_part(adapter_options["_adapter_model_path"], **hub_options)
         config = given = kwargs.pop("config", None)
         if config is None and pretrained_model_name_or_path is not None:
             hub_options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
@@ -182,14 +186,7 @@ class VideoLlamaPreTrainedModel(VideoLlamaModelCardMixin, PreTrainedModel):
     ) -> "VideoLlamaPreTrainedModel":
         """Loads the model that an adapter's configuration names, and the adapter onto it."""
         adapter_options = {option: kwargs[option] for option in _HUB_OPTIONS if option in kwargs}
-        trained_part = cached_file(
-            name, "trained_part.json", _raise_exceptions_for_missing_entries=False, **adapter_options
-        )
-        if trained_part is not None:
-            raise ValueError(
-                f"{name} holds trained branches beside its adapter: load both, with `from_trained_part` and then "
-                "`model.load_adapter`."
-            )
+        _refuse_trained_part(name, **adapter_options)
         base_model = adapter.get("base_model_name_or_path")
         if not base_model:
             raise ValueError(
@@ -1012,6 +1009,15 @@ def _read_adapter_config(name: str | os.PathLike, **hub_options: Any) -> dict[st
         return None
     path = cached_file(name, ADAPTER_CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub_options)
     return None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def _refuse_trained_part(name: str | os.PathLike, **hub_options: Any) -> None:
+    """Refuses an adapter that is but half of what was trained."""
+    if cached_file(name, "trained_part.json", _raise_exceptions_for_missing_entries=False, **hub_options) is not None:
+        raise ValueError(
+            f"{os.fspath(name)} holds trained branches beside its adapter: load both, with `from_trained_part` and "
+            "then `model.load_adapter`."
+        )
 
 
 def _skip_media_parts(config: QuantizationConfigMixin | dict) -> QuantizationConfigMixin:

@@ -19,8 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import ProcessorMixin
-from transformers.utils import cached_file, logging
+from transformers.utils import ADAPTER_CONFIG_NAME, cached_file, logging
 
+from .files import give_usual_permissions
 from .model_card import describe_decoder, make_model_card
 from .modeling_video_llama import VideoLlamaForConditionalGeneration, VideoLlamaModel
 
@@ -164,7 +165,8 @@ def from_trained_part(
     **kwargs: Any,
 ) -> VideoLlamaForConditionalGeneration:
     """
-    Loads a whole model from its trained part and the model with the frozen parts, which the trained part names.
+    Loads a whole model from its trained part and the model with the frozen parts, which the trained part names. An
+    adapter that lies beside it is left to `model.load_adapter`.
 
     Args:
         path_or_repo_id (`str` or `os.PathLike`): The trained part: a folder, or a repository of the Hub.
@@ -193,6 +195,13 @@ def from_trained_part(
         kwargs.setdefault("revision", base_revision)
     model = VideoLlamaForConditionalGeneration.from_pretrained(base_model, token=token, **kwargs)
     load_trained_part(model, path_or_repo_id, **hub_options)
+    options = {**hub_options, "_raise_exceptions_for_missing_entries": False}
+    if cached_file(path_or_repo_id, ADAPTER_CONFIG_NAME, **options) is not None:
+        name = os.fspath(path_or_repo_id)
+        logger.warning(
+            f"{name} holds a LoRA adapter beside the trained part, which is not loaded: "
+            f"`model.load_adapter({name!r})` loads it."
+        )
     return model
 
 
@@ -352,9 +361,7 @@ def _replace(path: Path, write: Any) -> None:
     temporary = Path(name)
     try:
         write(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # `mkstemp` makes files that only their owner can read
+        give_usual_permissions(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

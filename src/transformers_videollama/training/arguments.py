@@ -227,9 +227,10 @@ class VideoLlamaTrainingArguments(TrainingArguments):
     hub_strategy: str = field(default="end", metadata={"help": "When the trained part is pushed to the Hub."})
 
     def __post_init__(self) -> None:
-        if self.accelerator_config is None:
-            self.accelerator_config = {"non_blocking": self.dataloader_pin_memory}
+        is_default = self.accelerator_config is None
         super().__post_init__()
+        if is_default:
+            self.accelerator_config.non_blocking = self.dataloader_pin_memory
         if self.min_learning_rate is None:
             self.min_learning_rate = 0.8 * self.learning_rate
         if self.lr_scheduler_type == "cosine" and self.min_learning_rate > self.learning_rate:

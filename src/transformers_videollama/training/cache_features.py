@@ -62,6 +62,7 @@ class CacheArguments:
         default=None, metadata={"help": "Number format; by default `bfloat16` with `--bf16`, otherwise `float32`."}
     )
     bf16: bool = field(default=False, metadata={"help": "As in training."})
+    use_cpu: bool = field(default=False, metadata={"help": "As in training: compute on the CPU where there is a GPU."})
     batch_size: int = field(default=64, metadata={"help": "Frames that are encoded at once."})
     dataloader_num_workers: int = field(default=4, metadata={"help": "Processes that decode ahead, for each GPU."})
     retry_errors: bool = field(
@@ -136,7 +137,7 @@ def parse_arguments(argv: Sequence[str]) -> CacheArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command `examples/training/cache_features.py`; started by `torchrun` the processes share the work."""
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
-    state = join_processes()
+    state = join_processes(args.use_cpu)
     processor = VideoLlamaProcessor.from_pretrained(args.model)
     dtype = args.dtype or ("bfloat16" if args.bf16 else "float32")
     model = VideoLlamaForConditionalGeneration.from_pretrained(args.model, dtype=dtype).model

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from ..files import give_usual_permissions
 from ..media import MediaError, describe_source, has_audio, is_address, open_media
 from ..modeling_video_llama import VideoLlamaModel
 from ..processing_video_llama import VideoLlamaProcessor, frame_timestamps, read_image
@@ -51,9 +52,9 @@ TEMPORARY_SUFFIX = ".tmp"
 LOCK_NAME = ".lock"
 
 
-def join_processes() -> PartialState:
+def join_processes(use_cpu: bool = False) -> PartialState:
     """The processes that share the work, each on its device. They wait for the slowest one at the end, days if so."""
-    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    return PartialState(cpu=use_cpu or not torch.accelerator.is_available(), timeout=timedelta(days=7))
 
 
 class _Media(Dataset):
@@ -350,6 +351,7 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Has `write` write a file beside `path`, and puts it in the place of `path` when it is whole."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
     write(temporary)
+    give_usual_permissions(temporary)
     temporary.replace(path)
 
 

@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.trainer_callback import ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, has_length
 from transformers.utils import PushInProgress, logging
 
+from ..files import give_usual_permissions
 from ..model_card import make_model_card
 from ..trained_part import DESCRIPTION_NAME, PARTS, WEIGHTS_NAME, load_trained_part, save_trained_part
 from ..walk import walk_modules
@@ -65,9 +67,10 @@ class VideoLlamaTrainer(Trainer):
     Trains what [`VideoLlamaForConditionalGeneration.set_trainable`] chose, and a LoRA adapter if the model has one.
 
     Takes the arguments of [`Trainer`]; `args` are [`VideoLlamaTrainingArguments`] and `processing_class` the model's
-    processor.
+    processor. What `model_init` gives must have been told what to train, too.
 
     Raises:
+        TypeError: if `args` are others.
         ValueError: if nothing is trainable, or parts of which a checkpoint would hold nothing.
     """
 
@@ -75,17 +78,23 @@ class VideoLlamaTrainer(Trainer):
     push_in_progress: Any
     optimizer: Any
     lr_scheduler: Any
+    label_smoother: Any
 
-    def __init__(self, model: Any = None, args: Any = None, **kwargs: Any):
-        self._check_trainable(model)
-        super().__init__(model=model, args=args, **kwargs)
-        if self.is_fsdp_enabled:
-            self._choose_sharding(self.model)
-        if not self.is_deepspeed_enabled:  # outside of a part's own call DeepSpeed has taken its parameters away
-            _let_all_parts_take_part(self.model)
-        if self.args.compile_decoder:
-            for layer in self.model.model.language_model.layers:
-                layer.compile(dynamic=True)
+    def __init__(self, model: Any = None, args: Any = None, *others: Any, **kwargs: Any):
+        if args is None:
+            args = VideoLlamaTrainingArguments(output_dir="tmp_trainer")  # as the library
+        if not isinstance(args, VideoLlamaTrainingArguments):
+            raise TypeError(
+                f"`args` must be `VideoLlamaTrainingArguments`, which have the published schedule, but are "
+                f"`{type(args).__name__}`: make them with the same arguments."
+            )
+        if model is not None:
+            self._check_trainable(model)
+        super().__init__(model, args, *others, **kwargs)
+        if model is not None:
+            self._prepare_model(model)
+        if self.label_smoother is not None:  # the library shifts labels for its own language models alone
+            self.label_smoother = partial(self.label_smoother, shift_labels=True)
         self._throughput = _Throughput()
         self._num_batches_done = 0  # of a stream, before the checkpoint that is resumed from
         self._chosen_checkpoint: Path | None = None  # to resume from, where it is not the last one
@@ -94,8 +103,29 @@ class VideoLlamaTrainer(Trainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(_ThroughputProgressCallback)
 
+    def call_model_init(self, trial: Any = None) -> Any:
+        """The library's; the model is prepared as one that is given."""
+        model = super().call_model_init(trial)
+        self._check_trainable(model)
+        self._prepare_model(model)
+        return model
+
+    def _prepare_model(self, model: Any) -> None:
+        if self.is_fsdp_enabled:
+            self._choose_sharding(model)
+        if not self.is_deepspeed_enabled:  # outside of a part's own call DeepSpeed has taken its parameters away
+            _let_all_parts_take_part(model)
+        if self.args.compile_decoder:
+            for layer in model.model.language_model.layers:
+                layer.compile(dynamic=True)
+
     @staticmethod
-    def _check_trainable(model: nn.Module) -> None:
+    def _check_trainable(model: Any) -> None:
+        if hasattr(model, "get_base_model"):
+            raise ValueError(
+                f"This is a `{type(model).__name__}` around the model: give the model itself, with an adapter added "
+                "by `model.add_adapter(lora_config)`."
+            )
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         if not names:
             raise ValueError("Nothing in this model is trainable: choose a branch with `model.set_trainable`.")
@@ -105,6 +135,12 @@ class VideoLlamaTrainer(Trainer):
             raise ValueError(
                 f"{others[0]} and {len(others) - 1} more tensors are trainable, but checkpoints hold "
                 f"{', '.join(PARTS)} and an adapter only: choose what is trained with `model.set_trainable`."
+            )
+        adapters = {name.split(".lora_")[1].split(".")[1] for name in names if ".lora_" in name} - {ADAPTER_NAME}
+        if adapters:
+            raise ValueError(
+                f"The adapter {adapters.pop()!r} is trainable, but checkpoints hold the one named {ADAPTER_NAME!r}: "
+                "add it by `model.add_adapter(lora_config)`, without a name."
             )
 
     # Sharding
@@ -191,11 +227,28 @@ class VideoLlamaTrainer(Trainer):
         is resumed. A group is what all processes train on in one step.
         """
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy == "group_by_length" and isinstance(dataset, TrainDataset):
-            batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return _LengthGroupedSampler(batch_size, dataset.text_lengths(), seed)
-        return super()._get_train_sampler(train_dataset)
+        if self.args.train_sampling_strategy != "group_by_length" or not has_length(dataset):
+            return super()._get_train_sampler(train_dataset)
+        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return _LengthGroupedSampler(batch_size, self._text_lengths(dataset), seed)
+
+    def _text_lengths(self, dataset: Any) -> list[int]:
+        """Of every sample. One's own data are read once for them, unless they have a column of lengths."""
+        if isinstance(dataset, TrainDataset):
+            return dataset.text_lengths()
+        if self.args.length_column_name in getattr(dataset, "column_names", ()):
+            return list(dataset[self.args.length_column_name])
+        return [len(sample["input_ids"]) for sample in dataset]
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """The library's without grouping by length, for which it would read all media once more."""
+        strategy = self.args.train_sampling_strategy
+        try:
+            self.args.train_sampling_strategy = "sequential"
+            return super()._get_eval_sampler(eval_dataset)
+        finally:
+            self.args.train_sampling_strategy = strategy
 
     def get_train_dataloader(self) -> DataLoader:
         """
@@ -619,9 +672,10 @@ class _Throughput:
         self.start = time.perf_counter()
 
     def add(self, inputs: dict[str, Any]) -> None:
-        tokens = inputs.get("attention_mask", inputs["input_ids"])
-        self.samples += inputs["input_ids"].shape[0]
-        self.tokens = self.tokens + (tokens.sum() if "attention_mask" in inputs else tokens.numel())
+        prompt = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+        self.samples += prompt.shape[0]
+        mask = inputs.get("attention_mask")
+        self.tokens = self.tokens + (prompt.shape[0] * prompt.shape[1] if mask is None else mask.sum())
 
     def read(self, accelerator: Any) -> dict[str, float]:
         """Samples and tokens a second since the last call, of all processes."""
@@ -689,6 +743,7 @@ def save_adapter(model: Any, folder: Path, tensors: dict[str, torch.Tensor]) -> 
     tensors = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / ADAPTER_WEIGHTS_NAME, metadata={"format": "pt"})
+    give_usual_permissions(folder / ADAPTER_WEIGHTS_NAME)
     model.peft_config[ADAPTER_NAME].save_pretrained(folder)
 
 
