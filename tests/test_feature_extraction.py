@@ -135,6 +135,15 @@ def test_every_form_of_sound_gives_the_same(extractor: VideoLlamaFeatureExtracto
     pcm = (samples * 32768).round().clip(-32768, 32767).astype(np.int16)
     loud = expected > 0
     assert (extractor(pcm, sampling_rate=rate)["input_features"] - expected)[loud].abs().max() < 0.01
+    unsigned = (pcm.astype(np.int32) + 32768).astype(np.uint16)  # as 8-bit PCM, whose zero is in the middle
+    assert torch.equal(
+        extractor(unsigned, sampling_rate=rate)["input_features"], extractor(pcm, sampling_rate=rate)["input_features"]
+    )
+    brain = torch.tensor(samples).bfloat16()
+    assert torch.equal(
+        extractor(brain, sampling_rate=rate)["input_features"],
+        extractor(brain.float(), sampling_rate=rate)["input_features"],
+    )
 
 
 def test_sounds_of_one_call_do_not_affect_each_other(extractor: VideoLlamaFeatureExtractor, tmp_path: Path):
@@ -157,6 +166,7 @@ def test_sounds_of_one_call_do_not_affect_each_other(extractor: VideoLlamaFeatur
         ([], "empty"),
         (np.array([np.nan] * 1000), "finite"),
         (np.zeros((1, 1, 1, 1000)), "shape"),
+        (np.zeros(1000, np.complex64), "real numbers .* type complex64"),
     ],
 )
 def test_what_is_no_sound_is_refused(raw_audio, reason: str, extractor: VideoLlamaFeatureExtractor):

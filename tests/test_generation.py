@@ -157,6 +157,16 @@ def test_prompt_lookup_decoding_changes_nothing(model):
     assert calls["vision_tower"] == calls["audio_tower"] == 1
 
 
+def test_prompt_lookup_decoding_finds_no_placeholders(model):
+    inputs = {
+        **batch(torch.cat([torch.tensor([5]), prompt("video"), torch.tensor([5])])),
+        "pixel_values_videos": videos(1),
+    }
+    options = {"repetition_penalty": 1.1, "max_new_tokens": 20}  # a logits processor looks at the candidates
+    looked_up = model.generate(**inputs, prompt_lookup_num_tokens=3, max_matching_ngram_size=1, **options)
+    assert torch.equal(looked_up, model.generate(**inputs, **options))
+
+
 @pytest.mark.parametrize("assistant", [lambda: tiny_model(), lambda: tiny_model(max_frames=8)], ids=["same", "other"])
 def test_assisted_decoding_changes_nothing(model, assistant):
     ids, media = PROMPTS[1]

@@ -659,7 +659,7 @@ def test_frames_metadata_on_request(processor):
 def test_nothing_to_do(processor):
     with pytest.raises(ValueError, match="at least one"):
         processor()
-    with pytest.raises(ValueError, match="a string or a list of strings"):
+    with pytest.raises(ValueError, match="a string or a list of at least one string"):
         processor(text=[["a"]])
 
 
@@ -864,3 +864,24 @@ def test_the_call_is_the_librarys():
 def test_files_that_travel_with_a_checkpoint_name_each_other_relatively(module):
     imported = re.findall(r"^\s*(?:from|import) (\S+)", Path(module.__file__).read_text(), re.MULTILINE)
     assert not [name for name in imported if name.startswith(("transformers_videollama", ".."))]
+
+
+@pytest.mark.parametrize("text", [5, [], [5], b"words"], ids=str)
+def test_what_is_no_text_is_refused(processor, text):
+    with pytest.raises(ValueError, match="`text` must be a string or a list of at least one string"):
+        processor(text=text)
+
+
+@pytest.mark.parametrize("rate", [16000.0, "16000", 0], ids=repr)
+def test_what_is_no_sampling_rate_is_refused(processor, rate):
+    sound = {"type": "audio", "audio": np.zeros(16000, np.float32), "sampling_rate": rate}
+    chat = [{"role": "user", "content": [sound, {"type": "text", "text": "What is heard?"}]}]
+    with pytest.raises(ValueError, match=f"whole number of Hz.*not {rate!r}"):
+        processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+    with pytest.raises(ValueError, match="whole number of Hz"):
+        processor.apply_chat_template(
+            [{"role": "user", "content": [{**sound, "sampling_rate": None}]}],
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs={"sampling_rate": rate},
+        )

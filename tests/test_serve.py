@@ -331,6 +331,7 @@ HALF_A_CHARACTER = rb'{"model": "readable", "messages": [{"role": "user", "conte
         ({"max_tokens": 0}, 400, "`max_tokens` must be a whole number of 1 or more"),
         ({"max_tokens": 5000}, 400, "the model was made for 512 in all"),
         ({"stop": ["a"] * 5}, 400, "`stop` must be a string or a list of at most 4"),
+        ({"stop": 0}, 400, "`stop` must be a string or a list of at most 4"),
         ({"stream": "yes"}, 400, "`stream` must be true or false"),
         ({"stream_options": {"include_usage": True}}, 400, "goes with `stream: true`"),
         ({"top_k": 5}, 400, "Unknown field `top_k`"),

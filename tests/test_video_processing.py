@@ -9,8 +9,11 @@ import pytest
 import torch
 from media_files import NUM_LEVELS, frame_picture, write_media
 from safetensors.torch import load_file
+from transformers.testing_utils import CaptureLogger
+from transformers.utils import logging
 from transformers.video_utils import VideoMetadata
 
+from transformers_videollama.image_processing_video_llama import VideoLlamaImageProcessor
 from transformers_videollama.media import MediaError, read_video
 from transformers_videollama.video_processing_video_llama import VideoLlamaVideoProcessor
 
@@ -298,3 +301,34 @@ def test_output_forms(processor: VideoLlamaVideoProcessor):
     assert as_torch["pixel_values_videos"].is_contiguous()
     half = as_torch.to(torch.float16)
     assert half["pixel_values_videos"].dtype == torch.float16 and half["padding_mask_videos"].dtype == torch.int64
+
+
+def test_pixels_that_were_divided_already_are_named(processor: VideoLlamaVideoProcessor):
+    frames = numbered_frames(3)
+    expected = processor(frames)["pixel_values_videos"]
+    logger = logging.get_logger("transformers_videollama.image_processing_video_llama")
+    for wrong, image in ((frames / 255, frames[0] / 255), (frames > 128, None)):
+        logger.warning_once.cache_clear()
+        with CaptureLogger(logger) as captured:
+            processor(wrong)
+        assert "pass `do_rescale=False`" in captured.out
+        if image is not None:
+            logger.warning_once.cache_clear()
+            with CaptureLogger(logger) as captured:
+                VideoLlamaImageProcessor()(image)
+            assert "pass `do_rescale=False`" in captured.out
+    logger.warning_once.cache_clear()
+    with CaptureLogger(logger) as captured:
+        unscaled = processor(frames / 255, do_rescale=False)["pixel_values_videos"]
+        processor(frames)
+        processor(np.zeros_like(frames, dtype=np.float32))  # black is black
+    assert not captured.out
+    # Resized whole numbers are rounded, so that they differ by a level, which normalising makes wider
+    torch.testing.assert_close(unscaled.float(), expected, rtol=0, atol=1 / 255 / min(processor.image_std))
+
+
+def test_pixels_that_are_no_numbers_and_frames_without_channels_are_refused(processor: VideoLlamaVideoProcessor):
+    with pytest.raises(ValueError, match=r"\(3, 3, 48, 64\) hold values that are not finite"):
+        processor(np.full((3, 48, 64, 3), np.nan, dtype=np.float32))
+    with pytest.raises(ValueError, match=r"shape \(30, 48, 64\) have no axis of 1, 3 or 4 channels"):
+        processor(np.zeros((30, 48, 64), dtype=np.uint8))

@@ -149,14 +149,24 @@ class VideoLlamaFeatureExtractor(SequenceFeatureExtractor):
             if audio is None:
                 raise MediaError(f"{describe_source(sound)} has no sound: it has no audio track, or an empty one.")
             return audio
-        samples = sound.detach().cpu().numpy() if isinstance(sound, torch.Tensor) else np.asarray(sound)
-        if np.issubdtype(samples.dtype, np.integer):  # PCM; its scale is that of the type
-            samples = samples / -float(np.iinfo(samples.dtype).min)
-        samples = np.atleast_2d(samples.astype(np.float32, copy=False))
-        if samples.ndim != 2 or not np.isfinite(samples).all():
+        if isinstance(sound, torch.Tensor):
+            sound = sound.detach().cpu()
+            sound = (sound.float() if sound.dtype == torch.bfloat16 else sound).numpy()
+        samples = np.asarray(sound)
+        if np.issubdtype(samples.dtype, np.integer):  # PCM; its scale is that of the type, and zero is in its middle
+            limits = np.iinfo(samples.dtype)
+            zero = 0.0 if limits.min else (limits.max + 1) / 2
+            samples = (samples - zero) / (limits.max + 1 - zero)
+        if samples.ndim not in (1, 2) or np.iscomplexobj(samples):
             raise ValueError(
-                "A sound is an array of finite numbers of the shape (samples,) or (channels, samples); this one is"
-                f" {tuple(samples.shape)} with {np.count_nonzero(~np.isfinite(samples))} values that are not finite."
+                "A sound is an array of real numbers of the shape (samples,) or (channels, samples); this one is of"
+                f" the shape {tuple(samples.shape)} and the type {samples.dtype}."
+            )
+        samples = np.atleast_2d(samples.astype(np.float32, copy=False))
+        if not np.isfinite(samples).all():
+            raise ValueError(
+                f"A sound is of finite numbers; this one, of the shape {tuple(samples.shape)}, has"
+                f" {np.count_nonzero(~np.isfinite(samples))} values that are not."
             )
         rate = self.sampling_rate if rate is None else rate
         if not (isinstance(rate, (int, np.integer)) and rate > 0):

@@ -18,7 +18,12 @@ from transformers import (
     __version__,
 )
 from transformers.cache_utils import Cache
-from transformers.generation import CandidateGenerator, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import (
+    CandidateGenerator,
+    PromptLookupCandidateGenerator,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation import utils as generation_utils
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.utils.deprecation import deprecate_kwarg
@@ -206,9 +211,12 @@ class VideoLlamaGenerationMixin(GenerationMixin):
                     f"A {assistant_model.config.model_type} assistant cannot see or hear, but the prompt has "
                     f"{placeholders} placeholder tokens: use an assistant of type {self.config.model_type}, or none."
                 )
-        return super()._get_candidate_generator(
+        generator = super()._get_candidate_generator(
             generation_config, input_ids, *args, assistant_model=assistant_model, **kwargs
         )
+        if isinstance(generator, PromptLookupCandidateGenerator):
+            return _InVocabularyCandidateGenerator(generator, self.config.text_config.vocab_size)
+        return generator
 
     def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
         vocab_size = self.config.text_config.vocab_size
@@ -273,6 +281,22 @@ class _InVocabularyLogitsProcessorList(LogitsProcessorList):
         if len(self):
             input_ids = _keep_in_vocabulary(input_ids, self.vocab_size)
         return super().__call__(input_ids, scores, **kwargs)
+
+
+class _InVocabularyCandidateGenerator(CandidateGenerator):
+    """Candidates out of the prompt itself, in which there are no tokens past the vocabulary to be found."""
+
+    def __init__(self, generator: PromptLookupCandidateGenerator, vocab_size: int):
+        self.generator = generator
+        self.vocab_size = vocab_size
+
+    def get_candidates(self, input_ids: torch.LongTensor, **kwargs: Any) -> tuple[torch.LongTensor, torch.Tensor]:
+        known = _keep_in_vocabulary(input_ids, self.vocab_size)
+        candidates, scores = self.generator.get_candidates(known, **kwargs)
+        return torch.cat([input_ids, candidates[:, input_ids.shape[1] :]], dim=1), scores
+
+    def update_candidate_strategy(self, *args: Any, **kwargs: Any) -> None:
+        self.generator.update_candidate_strategy(*args, **kwargs)
 
 
 def _keep_in_vocabulary(input_ids: torch.LongTensor, vocab_size: int) -> torch.LongTensor:

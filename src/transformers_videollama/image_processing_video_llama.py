@@ -4,7 +4,14 @@ BLIP's image processor on PIL does just this. It has a name of its own here beca
 torchvision, whose bicubic resize differs from PIL's by a grey level in some pixels.
 """
 
+from typing import Any
+
+import numpy as np
+import torch
 from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 class VideoLlamaImageProcessor(BlipImageProcessorPil):
@@ -19,5 +26,29 @@ class VideoLlamaImageProcessor(BlipImageProcessorPil):
 
     size = {"height": 224, "width": 224}
 
+    def _preprocess(self, images: list[np.ndarray], *args: Any, **kwargs: Any) -> Any:
+        for image in images:
+            check_pixel_values(image, kwargs.get("do_rescale"))
+        return super()._preprocess(images, *args, **kwargs)
 
-__all__ = ["VideoLlamaImageProcessor"]
+
+def check_pixel_values(pixels: np.ndarray | torch.Tensor, do_rescale: bool | None) -> None:
+    """
+    Warns of pixels that seem to have been divided by 255 already, where they are about to be.
+
+    Raises:
+        ValueError: if a pixel is no finite number.
+    """
+    values = torch.as_tensor(pixels)
+    if not values.is_floating_point() and values.dtype != torch.bool:
+        return
+    if not values.isfinite().all():
+        raise ValueError(f"Pixels of the shape {tuple(values.shape)} hold values that are not finite.")
+    if do_rescale and 0 < values.max() <= 1:
+        logger.warning_once(
+            "Pixels between 0 and 1 are about to be divided by 255: pass `do_rescale=False`, in a chat as "
+            "`processor_kwargs`, or give pixels between 0 and 255."
+        )
+
+
+__all__ = ["VideoLlamaImageProcessor", "check_pixel_values"]

@@ -118,10 +118,18 @@ class VideoLlamaProcessor(ProcessorMixin):
     ) -> tuple[Any, Any, Any, Any]:
         """As in the library, but sounds stay what they are, in a flat list: arrays of one or more channels, (samples,
         rate) pairs, or files, which the feature extractor opens itself."""
+        if text is not None and not isinstance(text, str):
+            _check_texts(text)
         images, text, videos, _ = super().prepare_inputs_layout(images=images, text=text, videos=videos, **kwargs)
         if isinstance(videos, (list, tuple)):  # with a list for each prompt, which is empty for those without video
             videos = [video for video in videos if not isinstance(video, (list, tuple)) or len(video)] or None
         return images, text, videos, None if audio is None else list(_flat_sounds(audio)) or None
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """See [`ProcessorMixin.save_pretrained`]."""
+        # `pipeline(dtype=…)` tells the tokenizer of the model's number format, which no file can hold
+        self.tokenizer.init_kwargs.pop("dtype", None)
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def validate_inputs(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
@@ -129,8 +137,6 @@ class VideoLlamaProcessor(ProcessorMixin):
         """Only what can be known before the media are opened; `get_text_with_replacements` compares the counts."""
         if images is None and text is None and videos is None and audio is None:
             raise ValueError(f"{type(self).__name__} needs at least one of `images`, `text`, `videos` and `audio`.")
-        if text is not None and not all(isinstance(prompt, str) for prompt in text):
-            raise ValueError("`text` must be a string or a list of strings.")
 
     def _process_videos(self, videos: Any, **kwargs: Any) -> tuple[BatchFeature, list[str]]:
         # `apply_chat_template` has them processed already: it needs their timestamps to write the prompt
@@ -336,7 +342,8 @@ class VideoLlamaProcessor(ProcessorMixin):
         if audio:
             nested = "sampling_rate" in call_kwargs.get("audio_kwargs", {})
             place = call_kwargs["audio_kwargs"] if nested else call_kwargs
-            place["sampling_rate"] = place.get("sampling_rate") or self.feature_extractor.sampling_rate
+            if place.get("sampling_rate") is None:
+                place["sampling_rate"] = self.feature_extractor.sampling_rate
         bos_token = self.tokenizer.bos_token
         if call_kwargs.get("sanitize_control_tokens") and self.tokenizer("")["input_ids"]:
             prompts = [bos_token + prompt for prompt in prompts]  # the library leaves it out then
@@ -481,6 +488,12 @@ def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, placeholders: list[st
             tokenizer.legacy = tokenizer.init_kwargs["legacy"] = True
 
 
+def _check_texts(text: Any) -> None:
+    is_list = isinstance(text, (list, tuple)) and all(isinstance(prompt, str) for prompt in text)
+    if not is_list or not text:
+        raise ValueError(f"`text` must be a string or a list of at least one string, not {text!r:.80}.")
+
+
 def _split_chats(conversation: Any) -> tuple[list[list[dict[str, Any]]], bool]:
     """A chat or a list of chats as a list of chats, and whether it was one."""
     conversation = getattr(conversation, "messages", conversation)
@@ -561,6 +574,8 @@ def read_content_entry(entry: str | dict[str, Any]) -> dict[str, Any]:
     rate = entry.get("sampling_rate")
     if isinstance(source, dict) and "array" in source:  # as the `datasets` library gives sounds
         source, rate = source["array"], source.get("sampling_rate")
+    if rate is not None and not isinstance(rate, (int, np.integer)):
+        raise ValueError(f"The 'sampling_rate' of a content entry is a whole number of Hz, not {rate!r}.")
     if source is None and "timestamps" in entry:
         return {"type": kind, "source": None, "timestamps": entry["timestamps"]}
     return {"type": kind, "source": source if rate is None else (source, rate)}

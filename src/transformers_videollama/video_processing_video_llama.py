@@ -27,6 +27,7 @@ from transformers.processing_utils import Unpack, VideosKwargs
 from transformers.video_processing_utils import BaseVideoProcessor
 from transformers.video_utils import VideoInput, VideoMetadata
 
+from .image_processing_video_llama import check_pixel_values
 from .media import (
     MediaSource,
     headtail_frame_indices,
@@ -189,6 +190,7 @@ class VideoLlamaVideoProcessor(BaseVideoProcessor):
             else:
                 clip, clip_metadata = _pick_frames(source, source_metadata, choose)
                 clip = self._stack_frames(clip, options, size if fixed_size else None)
+                check_pixel_values(clip, options["do_rescale"])
             clips.append(clip)
             metadata.append(clip_metadata)
 
@@ -304,7 +306,13 @@ def _pick_frames(
 def _channels_first(frames: Any, input_data_format: str | ChannelDimension | None) -> torch.Tensor:
     """(…, C, H, W)"""
     if input_data_format is None:
-        input_data_format = infer_channel_dimension_format(frames, num_channels=(1, 3, 4))
+        try:
+            input_data_format = infer_channel_dimension_format(frames, num_channels=(1, 3, 4))
+        except ValueError as error:
+            raise ValueError(
+                f"Frames of the shape {tuple(frames.shape)} have no axis of 1, 3 or 4 channels, first or last: grey "
+                "ones need one of 1, as `frames[..., None]` gives them."
+            ) from error
     if isinstance(frames, np.ndarray):
         frames = torch.from_numpy(np.ascontiguousarray(frames))
     return frames.movedim(-1, -3) if input_data_format == ChannelDimension.LAST else frames

@@ -188,7 +188,7 @@ def _read_part(part: Any, where: str) -> dict[str, Any]:
 
 
 def _read_stop(stop: Any) -> tuple[str, ...]:
-    strings = [stop] if isinstance(stop, str) else stop or []
+    strings = [stop] if isinstance(stop, str) else [] if stop is None else stop
     is_right = isinstance(strings, list) and all(isinstance(string, str) and string for string in strings)
     if not is_right or len(strings) > MAX_STOP_STRINGS:
         raise _wrong("stop", "`stop`", f"a string or a list of at most {MAX_STOP_STRINGS}, none of them empty", stop)
