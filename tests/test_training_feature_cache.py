@@ -407,7 +407,7 @@ def test_command_takes_a_stages_file(tiny_folder, media_folder, tmp_path, capsys
         f"model: {tiny_folder}\nbranch: audio\nlearning_rate: 3e-5\nnum_frames: 4\ndataloader_num_workers: 0\n"
         f"datasets:\n- format: chat\n  annotations: {annotations}\n  weight: 2\n"
     )
-    main([str(config), "--feature_cache", str(tmp_path / "cache"), "--num_frames", "2"])
+    main([str(config), "--feature_cache", str(tmp_path / "cache"), "--num_frames", "2", "--use_cpu", "true"])
     assert "clips of 3 media, 0 unreadable" in capsys.readouterr().out
     cache = FeatureCache(tmp_path / "cache")
     assert len(cache.get(media_folder / "loud.mp4", "clips")["features"]) == 2
