@@ -325,6 +325,9 @@ def test_pixels_that_were_divided_already_are_named(processor: VideoLlamaVideoPr
     assert not captured.out
     # Resized whole numbers are rounded, so that they differ by a level, which normalising makes wider
     torch.testing.assert_close(unscaled.float(), expected, rtol=0, atol=1 / 255 / min(processor.image_std))
+    for turned in (frames[..., ::-1], frames[..., ::-1].astype(np.float32)[:, ::-1]):  # from BGR, upside down
+        assert processor(turned)["pixel_values_videos"].shape == expected.shape
+        assert VideoLlamaImageProcessor()(turned[0])["pixel_values"][0].shape == expected.shape[2:]
 
 
 def test_pixels_that_are_no_numbers_and_frames_without_channels_are_refused(processor: VideoLlamaVideoProcessor):

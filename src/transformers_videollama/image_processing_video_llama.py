@@ -39,12 +39,15 @@ def check_pixel_values(pixels: np.ndarray | torch.Tensor, do_rescale: bool | Non
     Raises:
         ValueError: if a pixel is no finite number.
     """
-    values = torch.as_tensor(pixels)
-    if not values.is_floating_point() and values.dtype != torch.bool:
+    if isinstance(pixels, np.ndarray):
+        if pixels.dtype.kind not in "fb":
+            return
+        pixels = torch.from_numpy(np.ascontiguousarray(pixels))
+    if not pixels.is_floating_point() and pixels.dtype != torch.bool:
         return
-    if not values.isfinite().all():
-        raise ValueError(f"Pixels of the shape {tuple(values.shape)} hold values that are not finite.")
-    if do_rescale and 0 < values.max() <= 1:
+    if not pixels.isfinite().all():
+        raise ValueError(f"Pixels of the shape {tuple(pixels.shape)} hold values that are not finite.")
+    if do_rescale and pixels.numel() and 0 < pixels.max() <= 1:
         logger.warning_once(
             "Pixels between 0 and 1 are about to be divided by 255: pass `do_rescale=False`, in a chat as "
             "`processor_kwargs`, or give pixels between 0 and 255."
