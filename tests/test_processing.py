@@ -15,6 +15,7 @@ import jinja2.nodes
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from media_files import tone, write_damaged_image, write_media
 from PIL import Image
 from tokenizers import pre_tokenizers
@@ -870,6 +871,12 @@ def test_files_that_travel_with_a_checkpoint_name_each_other_relatively(module):
 def test_what_is_no_text_is_refused(processor, text):
     with pytest.raises(ValueError, match="`text` must be a string or a list of at least one string"):
         processor(text=text)
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, iter, lambda texts: Dataset.from_dict({"text": texts})["text"]])
+def test_texts_come_in_any_row(processor, kind):
+    texts = ["What is this?", "And that?"]
+    assert processor(text=kind(texts))["input_ids"] == processor(text=texts)["input_ids"]
 
 
 @pytest.mark.parametrize("rate", [16000.0, "16000", 0], ids=repr)

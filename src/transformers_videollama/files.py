@@ -1,4 +1,4 @@
-"""What files are written with."""
+"""Who may read what is written."""
 
 import os
 from pathlib import Path

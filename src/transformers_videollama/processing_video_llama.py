@@ -119,7 +119,7 @@ class VideoLlamaProcessor(ProcessorMixin):
         """As in the library, but sounds stay what they are, in a flat list: arrays of one or more channels, (samples,
         rate) pairs, or files, which the feature extractor opens itself."""
         if text is not None and not isinstance(text, str):
-            _check_texts(text)
+            text = _as_texts(text)
         images, text, videos, _ = super().prepare_inputs_layout(images=images, text=text, videos=videos, **kwargs)
         if isinstance(videos, (list, tuple)):  # with a list for each prompt, which is empty for those without video
             videos = [video for video in videos if not isinstance(video, (list, tuple)) or len(video)] or None
@@ -488,10 +488,12 @@ def _prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, placeholders: list[st
             tokenizer.legacy = tokenizer.init_kwargs["legacy"] = True
 
 
-def _check_texts(text: Any) -> None:
-    is_list = isinstance(text, (list, tuple)) and all(isinstance(prompt, str) for prompt in text)
-    if not is_list or not text:
+def _as_texts(text: Any) -> list[str]:
+    """A list of prompts, which may also come as a tuple, an array or the column of a data set."""
+    prompts = list(text) if isinstance(text, Iterable) else []
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"`text` must be a string or a list of at least one string, not {text!r:.80}.")
+    return prompts
 
 
 def _split_chats(conversation: Any) -> tuple[list[list[dict[str, Any]]], bool]:
