@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -213,11 +214,12 @@ class VideoLlamaTrainer(Trainer):
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         return super()._get_grad_norm(self._what_has_gradients(model), grad_norm=grad_norm)
 
-    def _what_has_gradients(self, model: nn.Module) -> nn.Module:
+    def _what_has_gradients(self, model: Any) -> Any:
         """In place of the model, for the norm of its gradients, which take time to find among all parameters."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # which have ways of their own to know the model
             return model
-        return nn.ParameterList(p for group in self.optimizer.param_groups for p in group["params"])
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return SimpleNamespace(parameters=lambda: trained)
 
     # Data
 
